@@ -1,0 +1,192 @@
+"""Every default of every run, in one place. Imports ml_collections alone.
+
+A config file (``configs/dense121.py`` ...) sets the backbone and applies variants; the command line overrides
+single fields: ``--config.train.batch_size=32``. Sources in brackets: R = requirement, A = ambiguity settled by us
+(docs/reproduction.md lists both).
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(name: str, backbone: str, variants: str = "") -> ConfigDict:
+    """Return the paper's settings for `backbone`, then apply `variants`, a comma-separated list of VARIANTS.
+
+    Every field has its final type, so overrides are checked.
+    """
+    config = ConfigDict()
+    config.name = name  # names the default workdir, runs/NAME
+    config.seed = 0  # root of every random draw of a run (weights, order, augmentation, dropout)
+    config.data = _data()
+    config.augment = _augment()
+    config.model = _model(backbone)
+    config.init = ConfigDict(
+        {"keras_weights": ""}
+    )  # Keras applications weights to start from; '' = Glorot uniform (Table 3)
+    config.optimizer = _optimizer()
+    config.train = _train()
+    config.eval = _eval()
+    for variant in filter(None, variants.split(",")):
+        if variant not in VARIANTS:
+            raise ValueError(f"unknown variant {variant!r} of configs/{name}.py; known are {', '.join(VARIANTS)}")
+        VARIANTS[variant](config)
+        config.name += f"-{variant}"
+    return config
+
+
+def _data() -> ConfigDict:
+    return ConfigDict(
+        {
+            "name": "auto",  # 'auto' (prepared ChestX-ray14, else the phantom) | 'chestxray14' | 'chest_phantom'
+            "data_dir": "data",  # where prepared data sets live; relative to the working directory
+            "manual_dir": "",  # the NIH download (CSV files, lists, images at any depth); read by --mode=prepare
+            "image_size": 224,  # px, side of the stored and trained image (Tables 2, 3)
+            "normalization": "min_max",  # 'min_max' per image (R8) | 'div255' | 'imagenet' (with Keras weights only)
+            "dev_fraction": 0.1,  # share of the official training list kept for dev (R4)
+            "dev_split": "image",  # 'image' (the paper's, stratified) | 'patient' (disjoint patients) (A23)
+            "split_seed": 0,  # draws the dev split
+            "allow_missing": False,  # True: prepare the images that are there, a subset of the lists
+            "sampling": "all",  # an epoch is 'all' images (the paper's) | 'balanced': positives and k negatives each
+            "negatives_per_positive": 4,  # k of 'balanced', negatives drawn anew every epoch
+            "num_threads": 2,  # reader threads; more is slower on small records
+            "num_workers": 0,  # processes that prepare data; 0 = one for each core
+            "phantom": {
+                "preset": "hard",  # 'easy' | 'hard' | 'natural'
+                "num_patients": 1000,  # of 1-4 images each; 70 % train, 15 % dev, 15 % test
+                "prevalence": 0.3,  # share of patients with cardiomegaly; ignored by 'natural'
+                "label_noise": 0.0,  # probability that an image's label is flipped
+                "seed": 0,  # draws the phantoms
+            },
+        }
+    )
+
+
+def _augment() -> ConfigDict:
+    # Ranges in Keras' ImageDataGenerator units (R10, A7, A8); fill is 'nearest'.
+    return ConfigDict(
+        {
+            "enabled": True,
+            "shift": 0.1,  # fraction of the side, both ways, both axes
+            "rotation_deg": 3.0,  # +- degrees
+            "shear_deg": 0.01,  # +- degrees
+            "zoom": 0.125,  # each axis by 1 - zoom ... 1 + zoom
+            "brightness": (0.7, 1.5),  # factor, drawn uniformly
+            "horizontal_flip": False,  # the heart is on one side: laterality is signal
+        }
+    )
+
+
+def _model(backbone: str) -> ConfigDict:
+    return ConfigDict(
+        {
+            "backbone": backbone,  # 'densenet121' | 'densenet201' | 'resnet50' | 'inception_resnet_v2' (Table 2)
+            "pooling": "amm",  # 'amm' (Eq. 9) | 'gap' | the others of cxa_jax.pooling.POOLINGS
+            "head": "mlp",  # 'mlp': dense 128 ELU, dense 1 (Table 3) | 'linear': dense 1 (exact CAM)
+            "attended": "normalized",  # W multiplies BN(F) 'normalized' | F 'raw' (A1)
+            "dropout": 0.5,  # before each dense layer of the head (A6)
+            "dtype": "float32",  # compute type of the backbone: 'float32' | 'bfloat16'; the rest stays float32
+            "remat": False,  # recompute activations in the backward pass: less memory, more time
+            "implementation": "auto",  # graph of the backbone: 'auto' (by platform) | 'plain' | 'fused'; same function
+        }
+    )
+
+
+def _optimizer() -> ConfigDict:
+    return ConfigDict(
+        {
+            "learning_rate": 1e-4,  # R12
+            "momentum": 0.9,  # R12
+            "plateau_factor": 0.3,  # new rate = rate x factor (R13, A9)
+            "plateau_patience": 15,  # epochs without improvement before the rate falls (R13)
+            "plateau_min_delta": 1e-4,  # absolute improvement that counts (A10)
+            "early_stop_patience": 40,  # epochs without improvement before the run ends (R14)
+            "early_stop_min_delta": 0.0,  # A10
+        }
+    )
+
+
+def _train() -> ConfigDict:
+    return ConfigDict(
+        {
+            "batch_size": 16,  # R12, over all devices together
+            "num_epochs": 200,  # at most (A24)
+            "class_weights": "balanced",  # 'balanced': N / (2 N_c) over the images of an epoch (R9, A12) | 'none'
+            "select_by": "dev_loss",  # 'dev_loss' (R14, unweighted: A13) | 'dev_loss_weighted' | 'dev_auroc'
+            "checkpoint_every_steps": 0,  # besides every epoch's end; 0 = epochs only
+            "resume_changed": False,  # True: resume although config or data differ from the run's
+        }
+    )
+
+
+def _eval() -> ConfigDict:
+    return ConfigDict(
+        {
+            "batch_size": 32,  # images; memory is bounded by it
+            "image_size": 0,  # px, test-time size; 0 = the training size (A14)
+            "overlay_intensity": 0.2,  # of the colour map over the X-ray (Figs. 1, 8)
+            "num_bootstrap": 2000,  # patient-clustered resamples behind each interval
+        }
+    )
+
+
+def _gap(config: ConfigDict) -> None:
+    """The paper's GAP baseline: average pooling, one dense unit (Table 5, A21)."""
+    config.model.pooling = "gap"
+    config.model.head = "linear"
+
+
+def _gap_mlp(config: ConfigDict) -> None:
+    """GAP under AMM's own head: the fair ablation, pooling alone differs (A21)."""
+    config.model.pooling = "gap"
+
+
+def _phantom(config: ConfigDict, num_patients: int, image_size: int) -> None:
+    config.data.name = "chest_phantom"
+    config.data.phantom.num_patients = num_patients
+    config.data.image_size = image_size
+
+
+def _phantom_quick(config: ConfigDict) -> None:
+    """Ten minutes on two cores: small phantoms, and a rate at which a few epochs learn something."""
+    _phantom(config, num_patients=2000, image_size=64)
+    config.optimizer.learning_rate = 0.03
+    config.optimizer.plateau_patience = 2
+    config.train.num_epochs = 8
+
+
+def _phantom_hour(config: ConfigDict) -> None:
+    """An hour on two cores: enough phantoms and pixels to leave the thumbnail behind."""
+    _phantom(config, num_patients=6000, image_size=96)
+    config.optimizer.learning_rate = 0.03
+    config.optimizer.plateau_patience = 2
+    config.train.num_epochs = 12
+
+
+def _research(config: ConfigDict) -> None:
+    """Dev patients are in no other split, so that what is chosen on dev is chosen honestly (A23)."""
+    config.data.dev_split = "patient"
+
+
+def _nih_128(config: ConfigDict) -> None:
+    """ChestX-ray14 at 128 px, few positives, an hour on two cores: every positive and six negatives an epoch."""
+    _research(config)
+    config.data.name = "chestxray14"
+    config.data.image_size = 128
+    config.data.sampling = "balanced"
+    config.data.negatives_per_positive = 6
+    config.augment.rotation_deg = 7.0
+    config.augment.brightness = (0.7, 1.3)
+    config.train.batch_size = 32
+    config.train.num_epochs = 26
+    config.train.select_by = "dev_loss_weighted"
+    config.optimizer.learning_rate = 0.02
+    config.optimizer.plateau_patience = 4
+
+
+VARIANTS = {
+    "gap": _gap,
+    "gap_mlp": _gap_mlp,
+    "phantom_quick": _phantom_quick,
+    "phantom_hour": _phantom_hour,
+    "research": _research,
+    "nih_128": _nih_128,
+}

@@ -1,0 +1,126 @@
+"""Best and latest states on disk. The only importer of orbax.
+
+`checkpoints/best/STEP` is the state of the lowest dev loss, `checkpoints/latest/STEP` the newest to resume from. Each
+holds four items: `params` (alone, so that evaluation reads no more), `batch_stats`, `opt_state`, and `meta` (JSON: all
+that the host knows: epoch, plateau, early stop, iterator, root key, config, data fingerprint, history).
+"""
+
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from cxa_jax.array_types import PyTree
+from cxa_jax.errors import UserError
+from cxa_jax.train_state import TrainState
+
+# What orbax and the file system raise for a checkpoint that is truncated, altered or half deleted.
+DAMAGE = (ValueError, KeyError, OSError)
+
+
+class Checkpoints:
+    """The states of one kind ('best' or 'latest') of a run; a context manager that waits for pending writes."""
+
+    def __init__(self, workdir: pathlib.Path, kind: str, *, num_kept: int = 1):
+        self.directory = pathlib.Path(workdir).absolute() / "checkpoints" / kind
+        options = ocp.CheckpointManagerOptions(max_to_keep=num_kept, cleanup_tmp_directories=True, create=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """Write `state` and `meta` under the state's step, in the background; a crash leaves the former ones whole."""
+        step = int(state.step)
+        for stale in self._manager.all_steps():
+            # A run that was cut after its best was written and before its latest comes by here again.
+            if stale >= step:
+                self._manager.wait_until_finished()
+                self._manager.delete(stale)
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                batch_stats=ocp.args.StandardSave(state.batch_stats),
+                opt_state=ocp.args.StandardSave(state.opt_state),
+                meta=ocp.args.JsonSave(meta),
+            ),
+            force=True,
+        )
+
+    def wait(self) -> None:
+        """Return when every save is on disk."""
+        self._manager.wait_until_finished()
+
+    def steps(self) -> list[int]:
+        """Return the steps of finished checkpoints, newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def read_meta(self) -> dict[str, Any] | None:
+        """Return the newest readable `meta`, or None if there is no checkpoint."""
+        return self._first_sound(lambda step: self._restore(step, meta=ocp.args.JsonRestore())["meta"])
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """Restore the newest sound checkpoint into the shapes and shardings of `abstract`; None if there is none.
+
+        Raises:
+          UserError: there are checkpoints and none of them can be read.
+        """
+
+        def restore_step(step: int) -> tuple[TrainState, dict[str, Any]]:
+            items = self._restore(
+                step,
+                params=ocp.args.StandardRestore(abstract.params),
+                batch_stats=ocp.args.StandardRestore(abstract.batch_stats),
+                opt_state=ocp.args.StandardRestore(abstract.opt_state),
+                meta=ocp.args.JsonRestore(),
+            )
+            counters = {
+                "step": jax.device_put(jnp.asarray(step, jnp.int32), abstract.step.sharding),
+                "healthy": jax.device_put(jnp.ones((), bool), abstract.healthy.sharding),
+            }
+            return TrainState(**counters, **{k: items[k] for k in ("params", "batch_stats", "opt_state")}), items[
+                "meta"
+            ]
+
+        return self._first_sound(restore_step)
+
+    def restore_variables(self, abstract: dict[str, PyTree]) -> tuple[dict[str, PyTree], dict[str, Any]] | None:
+        """Restore only what the network needs: {'params', 'batch_stats'} and `meta`."""
+
+        def restore_step(step: int) -> tuple[dict[str, PyTree], dict[str, Any]]:
+            items = self._restore(
+                step,
+                params=ocp.args.StandardRestore(abstract["params"]),
+                batch_stats=ocp.args.StandardRestore(abstract["batch_stats"]),
+                meta=ocp.args.JsonRestore(),
+            )
+            return {k: items[k] for k in ("params", "batch_stats")}, items["meta"]
+
+        return self._first_sound(restore_step)
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+    def _first_sound(self, read: Any) -> Any:
+        problems = []
+        for step in self.steps():
+            try:
+                return read(step)
+            except DAMAGE as error:
+                problems.append(f"{self.directory / str(step)}: {str(error).splitlines()[0][:200]}")
+                logging.warning("checkpoint %s cannot be read, trying an older one", problems[-1])
+        if problems:
+            raise UserError(
+                "no checkpoint can be read:\n  "
+                + "\n  ".join(problems)
+                + f"\nDelete {self.directory.parent} to start anew."
+            )
+        return None

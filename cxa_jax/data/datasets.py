@@ -1,0 +1,253 @@
+"""Prepared data as splits: random access to the images, and an index of everything else.
+
+The index (labels, patients, views ... of all records, and a fingerprint of the pixels) is computed in one pass over
+the prepared records and kept as one file beside them.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import zipfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from cxa_jax.data import chest_phantom, chestxray14
+from cxa_jax.data.records import decode
+from cxa_jax.errors import UserError
+
+SPLITS = ("train", "dev", "test")
+INDEX_FIELDS = ("id", "patient", "label", "view", "sex", "age", "findings")
+INDEX_FILE = "index.npz"
+PHANTOM = "Chest phantoms: procedural drawings, not X-rays of patients"
+PREPARE_COMMAND = (
+    "python launch.py --mode=prepare --config=configs/dense121.py "
+    "--config.data.manual_dir=/path/to/ChestX-ray14 --config.data.image_size={image_size}"
+)
+
+
+class RecordSource:
+    """Random access to the decoded records of one TFDS split."""
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
+        """Open the split; nothing is read yet."""
+        self._records = builder.as_data_source(split)
+        self._image_features = tfds.features.FeaturesDict({"image": builder.info.features["image"]})
+        self._folder = pathlib.Path(builder.data_path)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        with self._naming_damage():
+            return decode(self._records[row])
+
+    def read_image(self, row: int) -> np.ndarray:
+        """Return the image of a row, uint8 [S, S, 1], in less than half the time of the whole record."""
+        with self._naming_damage():
+            return self._image_features.deserialize_example_np(self._records.data_source[row])["image"]
+
+    @contextlib.contextmanager
+    def _naming_damage(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:  # array_record's, TFDS' word for missing, cut or altered bytes
+            raise _damaged(self._folder, str(error)) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One split: `source[i]` is the decoded record of row i, `index[field][i]` what is known of it besides the image.
+
+    Attributes:
+      name: 'train' | 'dev' | 'test'.
+      source: random access, len() and [row] -> record as of `records.decode`.
+      index: arrays [N] for each of INDEX_FIELDS, in the order of the source; label and age int32, the others text.
+    """
+
+    name: str
+    source: Sequence[dict[str, Any]]
+    index: dict[str, np.ndarray]
+
+    def read_image(self, row: int) -> np.ndarray:
+        """Return the image of a row, uint8 [S, S, 1], without the rest of its record where the source can do that."""
+        return self.source.read_image(row) if isinstance(self.source, RecordSource) else self.source[row]["image"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """The splits of one prepared data set.
+
+    Attributes:
+      name: 'chestxray14' | 'chest_phantom'.
+      image_size: side of the stored images in px.
+      splits: Split for each of 'train', 'dev', 'test'.
+      fingerprint: sha256 over splits, ids, patients, labels and pixels, in row order: equal means the same data.
+      description: one sentence for logs and reports: what the images are, and where they lie.
+    """
+
+    name: str
+    image_size: int
+    splits: dict[str, Split]
+    fingerprint: str
+    description: str
+
+    @property
+    def is_phantom(self) -> bool:
+        """True if the images are drawn, not X-rays of patients."""
+        return self.name == "chest_phantom"
+
+
+def load_dataset(data_config: ConfigDict) -> Dataset:
+    """Open the data a config names.
+
+    Args:
+      data_config: config.data. name 'chestxray14' insists on the prepared NIH images; 'chest_phantom' draws the phantom
+        if that was not done before; 'auto' takes the former if prepared, else the latter, and says so.
+
+    Returns:
+      The data set, its index read from beside the records, or computed there in one pass.
+
+    Raises:
+      UserError: if the NIH images are not prepared, the prepared records are damaged, or the name is unknown.
+    """
+    match data_config.name:
+        case "chestxray14":
+            builder = chestxray14.find_prepared(data_config)
+            if builder is None:
+                raise UserError(_not_prepared(data_config))
+            return _open(builder, "chestxray14", "NIH ChestX-ray14")
+        case "chest_phantom":
+            return _open_phantom(data_config, PHANTOM)
+        case "auto":
+            builder = chestxray14.find_prepared(data_config)
+            if builder is not None:
+                return _open(builder, "chestxray14", "NIH ChestX-ray14")
+            reason = _not_prepared(data_config)
+            logging.info("Using the chest phantom, which is drawn, instead of X-rays of patients. %s", reason)
+            return _open_phantom(data_config, f"{PHANTOM}. {reason}")
+        case other:
+            raise UserError(f"config.data.name is '{other}'; choose 'auto', 'chestxray14' or 'chest_phantom'.")
+
+
+def describe_splits(dataset: Dataset) -> str:
+    """Return a table of the splits: images, positives, prevalence, patients."""
+    lines = [f"{'split':<6}{'images':>9}{'positives':>11}{'prevalence':>12}{'patients':>10}"]
+    for split in dataset.splits.values():
+        labels = split.index["label"]
+        prevalence = f"{np.mean(labels):.2%}" if len(labels) else "-"
+        num_patients = len(np.unique(split.index["patient"]))
+        lines.append(f"{split.name:<6}{len(labels):>9,}{np.sum(labels):>11,}{prevalence:>12}{num_patients:>10,}")
+    return "\n".join(lines)
+
+
+def shared_patients(dataset: Dataset) -> dict[tuple[str, str], int]:
+    """Return the number of patients that each two splits have in common; above 0 for (train, dev) is a leak."""
+    patients = {name: set(split.index["patient"].tolist()) for name, split in dataset.splits.items()}
+    return {(a, b): len(patients[a] & patients[b]) for a, b in itertools.combinations(patients, 2)}
+
+
+def _open_phantom(data_config: ConfigDict, description: str) -> Dataset:
+    chest_phantom.prepare(data_config)
+    return _open(chest_phantom.create_builder(data_config), "chest_phantom", description)
+
+
+def _open(builder: tfds.core.DatasetBuilder, name: str, description: str) -> Dataset:
+    folder = pathlib.Path(builder.data_path)
+    identity = _identity(builder)
+    sources = {split: RecordSource(builder, split) for split in SPLITS}
+    index = _load_index(folder / INDEX_FILE, identity)
+    if index is None:
+        index = _compute_index(sources, name) | {"identity": np.array(identity)}
+        _save_index(folder / INDEX_FILE, index)
+    splits = {
+        split: Split(split, source, {field: index[f"{split}.{field}"] for field in INDEX_FIELDS})
+        for split, source in sources.items()
+    }
+    return Dataset(
+        name=name,
+        image_size=builder.info.features["image"].shape[0],
+        splits=splits,
+        fingerprint=str(index["fingerprint"]),
+        description=f"{description} [{folder}]",
+    )
+
+
+def _identity(builder: tfds.core.DatasetBuilder) -> str:
+    """Return what ties an index to its records: names and sizes of all files, as JSON; checks that they are there."""
+    folder = pathlib.Path(builder.data_path)
+    shards = {}
+    for split in SPLITS:
+        if split not in builder.info.splits:
+            raise _damaged(folder, f"it does not know the split '{split}'")
+        for path in map(pathlib.Path, builder.info.splits[split].filepaths):
+            if not path.is_file():
+                raise _damaged(folder, f"{path.name} is missing")
+            shards[path.name] = path.stat().st_size
+    lengths = {split: builder.info.splits[split].num_examples for split in SPLITS}
+    return json.dumps({"version": str(builder.version), "lengths": lengths, "shards": shards}, sort_keys=True)
+
+
+def _compute_index(sources: dict[str, RecordSource], name: str) -> dict[str, np.ndarray]:
+    digest = hashlib.sha256()
+    index = {}
+    with tqdm(total=sum(map(len, sources.values())), desc=f"Indexing {name}", unit=" images", leave=False) as progress:
+        for split, source in sources.items():
+            columns = {field: [] for field in INDEX_FIELDS}
+            for row in range(len(source)):
+                record = source[row]
+                for field, column in columns.items():
+                    column.append(record[field])
+                digest.update(f"{split}|{record['id']}|{record['patient']}|{record['label']}|".encode())
+                digest.update(record["image"].tobytes())
+                progress.update()
+            index |= {f"{split}.{field}": _as_column(field, column) for field, column in columns.items()}
+    return index | {"fingerprint": np.array(digest.hexdigest())}
+
+
+def _as_column(field: str, values: list[Any]) -> np.ndarray:
+    return np.array(values, np.int32 if field in ("label", "age") else np.str_)
+
+
+def _load_index(path: pathlib.Path, identity: str) -> dict[str, np.ndarray] | None:
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            index = dict(archive)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        logging.warning("%s cannot be read (%s); computing it anew.", path, error)
+        return None
+    return index if str(index["identity"]) == identity else None  # else: the records were prepared anew since
+
+
+def _save_index(path: pathlib.Path, index: dict[str, np.ndarray]) -> None:
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        np.savez_compressed(temporary, **index)
+        os.replace(temporary, path)
+    except PermissionError as error:
+        logging.warning("The index is computed at every start, since it cannot be kept beside the records: %s", error)
+
+
+def _not_prepared(data_config: ConfigDict) -> str:
+    prepared = ", ".join(chestxray14.list_prepared(data_config)) or "nothing"
+    command = PREPARE_COMMAND.format(image_size=data_config.image_size)
+    return (
+        f"No ChestX-ray14 of {data_config.image_size} px with this dev split is prepared in '{data_config.data_dir}' "
+        f"(prepared there: {prepared}). To prepare it: {command}"
+    )
+
+
+def _damaged(folder: pathlib.Path, reason: str) -> UserError:
+    cure = "Delete this folder and prepare the data again (--mode=prepare)."
+    return UserError(f"The prepared data in {folder} are damaged: {reason}. {cure}")

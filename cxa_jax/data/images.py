@@ -1,0 +1,177 @@
+"""Image files to 8-bit grey: one at a time, or many on all cores. Light to import: worker processes load it."""
+
+import collections
+import concurrent.futures
+import contextlib
+import itertools
+import multiprocessing
+import os
+import pathlib
+import struct
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from cxa_jax.errors import UserError
+
+_SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+_RANGE_BITS = (8, 12, 16)  # what scanners and exporters put into a 16-bit file
+_CHUNK = 16  # images a task: large enough to hide the hand-over, small enough to bound memory
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+class GreyImage(NamedTuple):
+    """One converted file: pixels uint8 [S, S], and what the file was: Pillow's mode, width and height in px."""
+
+    pixels: np.ndarray
+    mode: str
+    width: int
+    height: int
+
+
+def decode_grey(path: str | os.PathLike) -> tuple[np.ndarray, str]:
+    """Read any image file as 8-bit grey.
+
+    Colour becomes luminance (ITU-R 601, exact on grey copies); transparency is ignored: the RGBA files of ChestX-ray14
+    are grey copies with full opacity. 16-bit files are divided by 1, 16 or 256: the smallest of 8, 12 and 16 bits that
+    holds the file's maximum is taken as its range, since 12-bit X-rays are often stored in 16-bit files.
+
+    Args:
+      path: An image file of any mode and size; the first frame of several is taken.
+
+    Returns:
+      Pixels uint8 [H, W] and the file's mode ('L', 'RGBA', 'I;16', ...).
+
+    Raises:
+      UserError: if the file is missing, truncated, damaged or not an image, or holds floats or more than 16 bits.
+    """
+    with _open_image(path) as image:
+        image.load()
+        return _to_grey(image), image.mode
+
+
+def measure_image(path: str | os.PathLike) -> tuple[int, int]:
+    """Return a file's width and height in px from its header; raises UserError if it is not an image."""
+    with _open_image(path) as image:
+        return image.size
+
+
+def resize_square(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Resize a grey image to a square: bilinear, antialiased when shrinking; nothing is cropped (Table 3, A15).
+
+    Args:
+      pixels: uint8 [H, W].
+      size: S, the new side in px.
+
+    Returns:
+      uint8 [S, S]; the input itself where it already has that shape.
+    """
+    if pixels.shape == (size, size):
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def load_grey(path: str | os.PathLike, size: int) -> GreyImage:
+    """Read one file as grey [size, size], with its own mode and size; raises as `decode_grey`."""
+    pixels, mode = decode_grey(path)
+    height, width = pixels.shape
+    return GreyImage(resize_square(pixels, size), mode, width, height)
+
+
+def convert_images(paths: Sequence[pathlib.Path], size: int, num_workers: int) -> Iterator[GreyImage]:
+    """Convert many files on several processes, in order, a bounded number ahead of the reader.
+
+    Workers are spawned: a script that calls this needs the usual `if __name__ == "__main__"` guard.
+
+    Args:
+      paths: The files.
+      size: Side of the results in px.
+      num_workers: Processes; 1 stays in this one, 0 takes one for each core. The results do not depend on it.
+
+    Yields:
+      One GreyImage for each path, in the order of `paths`.
+
+    Raises:
+      UserError: at the first file that cannot be read, after all the others were tried; it names every bad file.
+    """
+    num_workers = num_workers or count_cores()
+    chunks = [(paths[i : i + _CHUNK], size) for i in range(0, len(paths), _CHUNK)]
+    results = itertools.chain.from_iterable(_ordered_map(_convert_chunk, chunks, num_workers))
+    for result in results:
+        if isinstance(result, str):
+            bad = [result, *(other for other in results if isinstance(other, str))]
+            raise UserError(f"{len(bad)} of {len(paths)} images cannot be read; fetch them again:\n" + "\n".join(bad))
+        yield result
+
+
+def count_cores() -> int:
+    """Return the number of cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _convert_chunk(task: tuple[Sequence[pathlib.Path], int]) -> list[GreyImage | str]:
+    paths, size = task
+    return [_load_or_complain(path, size) for path in paths]
+
+
+def _load_or_complain(path: pathlib.Path, size: int) -> GreyImage | str:
+    try:
+        return load_grey(path, size)
+    except UserError as error:
+        return str(error)
+
+
+def _ordered_map(function: Callable, tasks: Iterable, num_workers: int) -> Iterator:
+    if num_workers == 1:
+        yield from map(function, tasks)
+        return
+    # Spawned, not forked: the parent holds threads (and perhaps an accelerator) that do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(num_workers, context, _follow_parent) as pool:
+        pending = collections.deque()
+        for task in tasks:
+            pending.append(pool.submit(function, task))
+            if len(pending) > 2 * num_workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _follow_parent() -> None:
+    """End this worker when its parent is gone: killed outright, the parent tells its workers nothing."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _open_image(path: str | os.PathLike) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as image:
+            yield image
+    except _UNREADABLE as error:
+        raise UserError(f"{os.fspath(path)}: cannot be read as an image ({error})") from error
+
+
+def _to_grey(image: Image.Image) -> np.ndarray:
+    if image.mode in _SIXTEEN_BIT_MODES:
+        return _narrow(np.asarray(image))
+    if image.mode == "F":
+        raise ValueError("floating point pixels have no known range")
+    if image.mode in ("P", "PA"):  # a palette may be transparent: through RGBA, or Pillow warns and guesses
+        image = image.convert("RGBA")
+    return np.asarray(image.convert("L"))
+
+
+def _narrow(pixels: np.ndarray) -> np.ndarray:
+    if pixels.min() < 0 or pixels.max() > 65_535:
+        raise ValueError(f"pixels from {pixels.min()} to {pixels.max()} do not fit 16 bits")
+    bits = next(bits for bits in _RANGE_BITS if int(pixels.max()) < 1 << bits)
+    return (pixels.astype(np.uint16) >> (bits - 8)).astype(np.uint8)

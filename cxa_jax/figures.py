@@ -1,0 +1,139 @@
+"""Pictures of a run: augmented images (Fig. 3), training curves, test X-rays with their attention (Figs. 7, 8)."""
+
+import pathlib
+from functools import partial
+from typing import Any
+
+import jax
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from cxa_jax.data.pipeline import make_train_iterator
+from cxa_jax.evaluate import Predictions
+from cxa_jax.heat_maps import upsample_maps
+from cxa_jax.run import Run
+from cxa_jax.steps import augment_batch
+
+NUM_EACH = 2  # test images of each kind on a sheet
+PHANTOM_MARK = "chest phantom (drawings, not X-rays of patients)"
+CLASSES = ("no finding", "cardiomegaly")
+
+
+def save_figure(figure: Figure, path: pathlib.Path) -> None:
+    """Write a PNG, all or nothing."""
+    neighbour = path.with_name(f".{path.name}")
+    figure.savefig(neighbour, format="png", dpi=110, bbox_inches="tight")
+    neighbour.replace(path)
+
+
+def superimpose(image: np.ndarray, heat: np.ndarray, intensity: float) -> np.ndarray:
+    """Lay a colour map over an X-ray: clip(image + intensity x colour) (Figs. 1, 8; A22).
+
+    Args:
+      image: [H, W] in [0, 1].
+      heat: [H, W] in [0, 1], on a fixed scale: stretching each map would fake contrast.
+      intensity: 0.2 in the paper.
+
+    Returns:
+      [H, W, 3] in [0, 1].
+    """
+    colour = matplotlib.colormaps["jet"](heat)[..., :3]
+    return np.clip(image[..., None] + intensity * colour, 0, 1)
+
+
+def save_augmentation_grid(run: Run, path: pathlib.Path) -> None:
+    """Draw the first training batch as the network sees it, labels as titles (Fig. 3)."""
+    config = run.config
+    size = max(16, config.train.batch_size)
+    batch = next(make_train_iterator(run.dataset.splits["train"], config.data, batch_size=size, seed=config.seed))
+    # min-max whatever the network's own normalisation, which may leave [0, 1]
+    augmented = jax.jit(partial(augment_batch, normalization="min_max", config=config.augment))
+    images = np.asarray(augmented(run.root_key, 0, {"image": batch["image"]}))[:16]
+    figure = Figure(figsize=(9, 9.6))
+    figure.suptitle(_title(run, "augmented training images, 1 = cardiomegaly"))
+    for axes, image, label in zip(figure.subplots(4, 4).flat, images, batch["label"], strict=False):
+        axes.imshow(image[..., 0], cmap="gray", vmin=0, vmax=1)
+        axes.set_title(str(label))
+        axes.set_axis_off()
+    save_figure(figure, path)
+
+
+def save_curves(run: Run, history: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Draw losses, dev AUROC and learning rate against epochs; the kept epoch is marked."""
+    epochs = [row["epoch"] for row in history]
+    figure = Figure(figsize=(13, 3.6))
+    figure.suptitle(_title(run, "training"))
+    losses, auroc, rate = figure.subplots(1, 3)
+    for name in ("train_loss", "dev_loss", "dev_loss_weighted"):
+        losses.plot(epochs, [row[name] for row in history], marker=".", label=name.replace("_", " "))
+    losses.set(xlabel="epoch", ylabel="binary cross-entropy")
+    losses.legend()
+    auroc.plot(epochs, [row["dev_auroc"] for row in history], marker=".", color="tab:green")
+    auroc.set(xlabel="epoch", ylabel="dev AUROC")
+    rate.step(epochs, [row["learning_rate"] for row in history], where="mid", color="tab:gray")
+    rate.set(xlabel="epoch", ylabel="learning rate", yscale="log")
+    monitored = run.config.train.select_by
+    values = np.array([row[monitored] for row in history], float)
+    if np.isfinite(values).any():
+        best = np.nanargmax(values) if monitored == "dev_auroc" else np.nanargmin(values)
+        for axes in (losses, auroc, rate):
+            axes.axvline(epochs[best], color="black", linestyle=":", linewidth=1)
+    save_figure(figure, path)
+
+
+def choose_examples(predictions: Predictions, threshold: float, seed: int, num_each: int = NUM_EACH) -> np.ndarray:
+    """Draw rows by chance, the same number of true and false positives and negatives where there are that many."""
+    rng = np.random.default_rng(seed)
+    called = predictions.score >= threshold
+    rows = []
+    for label, positive in ((1, True), (1, False), (0, True), (0, False)):
+        candidates = np.flatnonzero((predictions.label == label) & (called == positive))
+        rows.append(rng.permutation(candidates)[:num_each])
+    return np.concatenate(rows)
+
+
+def save_attention_sheet(run: Run, predictions: Predictions, threshold: float, path: pathlib.Path) -> None:
+    """Draw test X-rays beside attention, superimposed attention and class evidence.
+
+    W stands on a fixed scale from 0 to 1 in every picture; evidence on one symmetric scale for the sheet. Images are
+    drawn by chance from true and false positives and negatives, not picked.
+    """
+    rows = choose_examples(predictions, threshold, run.config.seed)
+    split = run.dataset.splits[predictions.split]
+    limit = float(np.abs(predictions.evidence[rows]).max()) or 1.0
+    figure = Figure(figsize=(11, 2.9 * len(rows)))
+    figure.suptitle(_title(run, f"{predictions.split} images, threshold {threshold:.3g}"), y=0.9)
+    axes = figure.subplots(len(rows), 4, squeeze=False)
+    for line, row in zip(axes, rows, strict=True):
+        record = split.source[int(row)]
+        image = _min_max(record["image"][..., 0])
+        heat, evidence = (
+            upsample_maps(maps[row], image.shape, run.model.backbone.stride, run.model.backbone.offset)
+            for maps in (predictions.attention, predictions.evidence)
+        )
+        line[0].imshow(image, cmap="gray", vmin=0, vmax=1)
+        for x, y, w, h in record["boxes"]:
+            line[0].add_patch(matplotlib.patches.Rectangle((x, y), w, h, fill=False, edgecolor="lime"))
+        line[0].set_title(f"{predictions.index['id'][row]}: {CLASSES[predictions.label[row]]}", fontsize=9)
+        shown = line[1].imshow(heat, cmap="jet", vmin=0, vmax=1)
+        line[1].set_title("attention W", fontsize=9)
+        figure.colorbar(shown, ax=line[1], fraction=0.046)
+        line[2].imshow(superimpose(image, heat, run.config.eval.overlay_intensity))
+        line[2].set_title(f"predicted {100 * predictions.score[row]:.1f} % cardiomegaly", fontsize=9)
+        shown = line[3].imshow(evidence, cmap="coolwarm", vmin=-limit, vmax=limit)
+        line[3].set_title("class evidence (logit a cell)", fontsize=9)
+        figure.colorbar(shown, ax=line[3], fraction=0.046)
+        for panel in line:
+            panel.set_axis_off()
+    save_figure(figure, path)
+
+
+def _min_max(image: np.ndarray) -> np.ndarray:
+    low, high = float(image.min()), float(image.max())
+    return (image.astype(np.float64) - low) / (high - low) if high > low else np.zeros(image.shape)
+
+
+def _title(run: Run, text: str) -> str:
+    data = PHANTOM_MARK if run.dataset.is_phantom else "NIH ChestX-ray14"
+    return f"{run.config.model.backbone} + {run.config.model.pooling}: {text}\n{data}"

@@ -1,0 +1,61 @@
+"""Numbers of a run as they come: metrics.csv, TensorBoard events, a progress bar. No TensorFlow."""
+
+import csv
+import io
+import pathlib
+import sys
+from typing import Any
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from cxa_jax.workdir import write_atomically
+
+Row = dict[str, Any]
+
+
+class MetricWriter:
+    """Writes one row an epoch. The history travels in the checkpoint, so a resumed run loses and doubles no row."""
+
+    def __init__(self, workdir: pathlib.Path, first_step: int):
+        self._csv = workdir / "metrics.csv"
+        # purge_step hides the events of steps that a cut run logged and that will be done again.
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step, flush_secs=30)
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._events.close()
+
+    def write(self, history: list[Row]) -> None:
+        """Rewrite metrics.csv with all rows and add the last one's numbers to the events, at its `step`."""
+        write_history(self._csv, history)
+        for name, value in history[-1].items():
+            if isinstance(value, float):
+                self._events.add_scalar(name, value, history[-1]["step"])
+        self._events.flush()
+
+
+def write_history(path: pathlib.Path, history: list[Row]) -> None:
+    """Write rows as CSV, all or nothing; floats in full."""
+    text = io.StringIO()
+    if history:
+        writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+    write_atomically(path, text.getvalue())
+
+
+def progress_bar(total: int, description: str, *, initial: int = 0, disable: bool = False) -> tqdm:
+    """Return a bar over images with rate and time to go; redrawn twice a minute where the output is no terminal."""
+    interval = 0.2 if sys.stderr.isatty() else 30.0
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=description,
+        unit="img",
+        mininterval=interval,
+        dynamic_ncols=True,
+        disable=disable,
+    )

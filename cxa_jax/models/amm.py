@@ -1,0 +1,31 @@
+"""The attention mapping mechanism's branch (Table 3, Fig. 4): features in, attention logits out."""
+
+import flax.linen as nn
+import jax
+
+from cxa_jax.models.layers import batch_norm, conv
+from cxa_jax.pooling import average_pool_2x2_same
+
+WIDTHS = (128, 32, 16)
+EPSILON = 1e-3
+
+
+class AttentionMappingMechanism(nn.Module):
+    """BN(F) -> three 1x1 convolutions with ELU -> 2x2 average pool, stride 1 -> 1x1 convolution = z.
+
+    The sigmoid and the weighted average are `cxa_jax.pooling.gwap`, which works on z in log space; the paper's frozen
+    convolution of ones, which copies W to all channels, is a broadcast and never stored (A4).
+
+    Returns:
+      normalized: BN(F), [B, h, w, C], which the paper's origin weights with W (A1).
+      attention_logits: z, [B, h, w, 1], unbounded; W = sigmoid(z).
+    """
+
+    @nn.compact
+    def __call__(self, features: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
+        normalized = batch_norm(train=train, epsilon=EPSILON, name="norm")(features)
+        x = normalized
+        for i, width in enumerate(WIDTHS, start=1):
+            x = nn.elu(conv(width, 1, use_bias=True, name=f"conv{i}")(x))
+        x = average_pool_2x2_same(x)
+        return normalized, conv(1, 1, use_bias=True, name=f"conv{len(WIDTHS) + 1}")(x)

@@ -1,0 +1,101 @@
+"""Cardio-XAttentionNet: backbone -> attention mapping -> weighted pooling -> head (Fig. 4, Table 3)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from cxa_jax.array_types import Images, Logits, Pooled
+from cxa_jax.errors import UserError
+from cxa_jax.models.amm import AttentionMappingMechanism
+from cxa_jax.models.backbones import BACKBONES, select_implementation
+from cxa_jax.models.layers import GLOROT
+from cxa_jax.pooling import FEATURES_ONLY, POOLINGS
+
+HEAD_WIDTH = 128
+HEADS = ("mlp", "linear")
+ATTENDED = ("normalized", "raw")
+
+
+class Head(nn.Module):
+    """Pooled features [B, C] -> logits [B]: 'mlp' is Table 3's dropout, dense 128 ELU, dropout, dense 1."""
+
+    kind: str
+    dropout: float
+
+    @nn.compact
+    def __call__(self, pooled: Pooled, *, train: bool) -> Logits:
+        x = pooled
+        if self.kind == "mlp":
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+            x = nn.elu(nn.Dense(HEAD_WIDTH, kernel_init=GLOROT, name="dense1")(x))
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(1, kernel_init=GLOROT, name="logit")(x)[:, 0]
+
+
+class CardioXAttentionNet(nn.Module):
+    """Classify X-rays and say where: images [B, H, W, 3] -> (logits [B], intermediates).
+
+    The intermediates are `features`, F or BN(F) as pooled, [B, h, w, C]; `attention_logits` z and `attention`
+    W = sigmoid(z), [B, h, w, 1]; `weights` p of the pooling, [B, h, w, 1 or C]; `pooled` f, [B, C]; all float32. Where
+    no attention branch is built (`pooling='gap'` and others) z is 0 everywhere, for which Eq. (9) is the plain average.
+    """
+
+    backbone: nn.Module
+    pooling: str = "amm"
+    head: str = "mlp"
+    attended: str = "normalized"
+    dropout: float = 0.5
+
+    def setup(self) -> None:
+        if self.pooling not in FEATURES_ONLY:
+            self.amm = AttentionMappingMechanism()
+        self.classifier = Head(self.head, self.dropout)
+
+    def __call__(self, images: Images, *, train: bool = False) -> tuple[Logits, dict[str, jax.Array]]:
+        # From here on float32, whatever the backbone computes in: the pooling's ratio and the loss need the digits.
+        features = self.backbone(images, train=train)
+        features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
+        if self.pooling in FEATURES_ONLY:
+            attention_logits = jnp.zeros((*features.shape[:3], 1), features.dtype)
+        else:
+            normalized, attention_logits = self.amm(features, train=train)
+            features = normalized if self.attended == "normalized" else features
+        pooled, weights = POOLINGS[self.pooling](features, attention_logits)
+        out = {
+            "features": features,
+            "attention_logits": attention_logits,
+            "attention": nn.sigmoid(attention_logits),
+            "weights": weights,
+            "pooled": pooled,
+        }
+        return self.classify(pooled, train=train), out
+
+    def classify(self, pooled: Pooled, *, train: bool = False) -> Logits:
+        """Apply the head alone; `model.apply(variables, pooled, method='classify')` serves evidence maps."""
+        return self.classifier(pooled, train=train)
+
+
+def create_model(config: ConfigDict) -> CardioXAttentionNet:
+    """Build the network of `config.model`.
+
+    Raises:
+      UserError: a field has a value that names nothing; the message lists what there is.
+    """
+    for field, choices in (
+        ("backbone", BACKBONES),
+        ("pooling", POOLINGS),
+        ("head", HEADS),
+        ("attended", ATTENDED),
+        ("dtype", ("float32", "bfloat16")),
+    ):
+        if config[field] not in choices:
+            raise UserError(f"config.model.{field}={config[field]!r} is not one of {', '.join(choices)}")
+    if not 0 <= config.dropout < 1:
+        raise UserError(f"config.model.dropout={config.dropout} must be at least 0 and below 1")
+    backbone = BACKBONES[config.backbone](
+        dtype=jnp.dtype(config.dtype),
+        implementation=select_implementation(config.implementation, jax.default_backend()),
+        remat=config.remat,
+    )
+    return CardioXAttentionNet(backbone, config.pooling, config.head, config.attended, config.dropout)

@@ -1,0 +1,117 @@
+"""DenseNet-121 and -201 without top (Huang et al. 2017), the graph of Keras applications (R16, R17, A19)."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cxa_jax.errors import UserError
+from cxa_jax.models.fused_densenet import fused_densenet
+from cxa_jax.models.layers import batch_norm, conv, max_pool_3x3
+
+GROWTH = 32  # channels each layer adds
+BOTTLENECK = 4 * GROWTH  # channels after a layer's 1x1 convolution
+EPSILON = 1.001e-5
+
+
+class DenseLayer(nn.Module):
+    """BN, ReLU, 1x1 convolution, BN, ReLU, 3x3 convolution: [B, H, W, C] -> the 32 new channels [B, H, W, 32]."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        norm = partial(batch_norm, train=train, epsilon=EPSILON, dtype=self.dtype)
+        x = conv(BOTTLENECK, 1, dtype=self.dtype, name="conv1")(nn.relu(norm(name="norm1")(x)))
+        return conv(GROWTH, 3, dtype=self.dtype, name="conv2")(nn.relu(norm(name="norm2")(x)))
+
+
+class DenseBlock(nn.Module):
+    """Dense layers, each reading all channels before it: [B, H, W, C] -> [B, H, W, C + 32 * num_layers]."""
+
+    num_layers: int
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        layer = partial(_apply_layer, train=train)
+        if self.remat:
+            layer = nn.remat(layer)
+        for i in range(self.num_layers):
+            x = layer(DenseLayer(dtype=self.dtype, name=f"layer{i + 1}"), x)
+        return x
+
+
+def _apply_layer(layer: DenseLayer, x: jax.Array, *, train: bool) -> jax.Array:
+    return jnp.concatenate([x, layer(x, train=train)], axis=-1)
+
+
+class Transition(nn.Module):
+    """BN, ReLU, 1x1 convolution to half the channels, 2x2 average pool: [B, H, W, C] -> [B, H/2, W/2, C/2]."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        x = nn.relu(batch_norm(train=train, epsilon=EPSILON, dtype=self.dtype, name="norm")(x))
+        x = conv(x.shape[-1] // 2, 1, dtype=self.dtype, name="conv")(x)
+        return nn.avg_pool(x, (2, 2), (2, 2))
+
+
+class DenseNet(nn.Module):
+    """DenseNet features: images [B, H, W, 3] -> F [B, H/32, W/32, num_features], H, W >= 32.
+
+    Attributes:
+      num_layers: dense layers in each of the four blocks.
+      dtype: compute type; parameters and batch moments stay float32.
+      implementation: 'plain' is the graph as written here; 'fused' the same function of the same variables, faster
+        (fused_densenet.py).
+      remat: recompute each layer in the backward pass ('fused' always does, but for the 1x1 convolutions).
+    """
+
+    num_layers: tuple[int, ...]
+    dtype: Any = jnp.float32
+    implementation: str = "plain"
+    remat: bool = False
+
+    stride = 32  # px between receptive-field centres of neighbouring cells
+    offset = 14  # px, receptive-field centre of cell 0
+
+    @property
+    def num_features(self) -> int:
+        """Channels C of the feature map."""
+        channels = 64
+        for i, n in enumerate(self.num_layers):
+            channels = (channels if i == 0 else channels // 2) + GROWTH * n
+        return channels
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        if self.implementation == "fused":
+            return fused_densenet(
+                images,
+                self.num_layers,
+                growth=GROWTH,
+                bottleneck=BOTTLENECK,
+                epsilon=EPSILON,
+                train=train,
+                dtype=self.dtype,
+                recompute=self.remat,
+            )
+        if self.implementation != "plain":
+            raise UserError(f"model.implementation is {self.implementation!r}; give 'plain' or 'fused'.")
+        norm = partial(batch_norm, train=train, epsilon=EPSILON, dtype=self.dtype)
+        x = conv(64, 7, strides=2, padding=((3, 3), (3, 3)), dtype=self.dtype, name="stem_conv")(images)
+        x = max_pool_3x3(nn.relu(norm(name="stem_norm")(x)))
+        for i, n in enumerate(self.num_layers, start=1):
+            if i > 1:
+                x = Transition(dtype=self.dtype, name=f"transition{i - 1}")(x, train=train)
+            x = DenseBlock(n, dtype=self.dtype, remat=self.remat, name=f"block{i}")(x, train=train)
+        return nn.relu(norm(name="norm")(x))
+
+
+DenseNet121 = partial(DenseNet, num_layers=(6, 12, 24, 16))
+DenseNet201 = partial(DenseNet, num_layers=(6, 12, 48, 32))

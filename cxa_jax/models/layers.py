@@ -1,0 +1,53 @@
+"""Convolution and normalisation as Keras applications builds them: Glorot uniform, momentum 0.99, explicit padding."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+GLOROT = nn.initializers.glorot_uniform()  # R11; Flax' own default is LeCun normal
+BATCH_NORM_MOMENTUM = 0.99
+
+
+def conv(
+    num_features: int,
+    kernel_size: int | Sequence[int] = 1,
+    *,
+    strides: int = 1,
+    padding: str | int | Sequence = "SAME",
+    use_bias: bool = False,
+    dtype: Any = jnp.float32,
+    name: str | None = None,
+) -> nn.Conv:
+    """Create a convolution with a Glorot uniform kernel [kh, kw, C_in, num_features] and, if asked, a zero bias."""
+    size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+    return nn.Conv(num_features, size, strides, padding, use_bias=use_bias, dtype=dtype, kernel_init=GLOROT, name=name)
+
+
+def batch_norm(
+    *,
+    train: bool,
+    epsilon: float,
+    use_scale: bool = True,
+    dtype: Any = jnp.float32,
+    name: str | None = None,
+) -> nn.BatchNorm:
+    """Create a batch norm: batch moments when `train`, running ones else; moments in float32 whatever `dtype`."""
+    return nn.BatchNorm(
+        use_running_average=not train,
+        momentum=BATCH_NORM_MOMENTUM,
+        epsilon=epsilon,
+        use_scale=use_scale,
+        dtype=dtype,
+        name=name,
+    )
+
+
+def max_pool_3x3(x: jax.Array) -> jax.Array:
+    """Pool [B, H, W, C] by 3x3 maxima at stride 2, one pixel of padding on each side: Keras' ZeroPadding2D(1).
+
+    The padding is -inf here and 0 in Keras: the same, because the pool always follows a ReLU.
+    """
+    return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))

@@ -1,0 +1,107 @@
+"""What a run leaves behind: predictions, metrics.json, pictures, the closing summary; of the lowest-dev-loss state."""
+
+import logging
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from cxa_jax import figures
+from cxa_jax.array_types import PyTree
+from cxa_jax.checkpointing import Checkpoints
+from cxa_jax.errors import UserError
+from cxa_jax.evaluate import Predictions, evaluate_split
+from cxa_jax.predictions import write_predictions
+from cxa_jax.report import compute_report, format_summary
+from cxa_jax.run import Run, create_run, log_run
+from cxa_jax.workdir import check_same_run, describe_environment, log_to_file, open_workdir, to_json, write_atomically
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Evaluate the best state of a finished or running workdir, at config.eval.image_size if it is set.
+
+    Returns:
+      What was written to metrics.json (in `eval_SIZE/` for another size than the training's).
+
+    Raises:
+      UserError: the workdir holds no checkpoint, or another run's.
+    """
+    folder = open_workdir(workdir)
+    log_to_file(folder)
+    run = create_run(config)
+    size = config.eval.image_size or config.data.image_size
+    with Checkpoints(folder, "best") as best:
+        meta = best.read_meta()
+    if meta is None:
+        raise UserError(f"{folder} holds no checkpoint; train first: the same command with --mode=train")
+    check_same_run(meta, config, run.dataset.fingerprint, folder)
+    if size == config.data.image_size:
+        log_run(run)
+        return write_outputs(run, folder, folder)
+    resized = config.copy_and_resolve_references()
+    with resized.unlocked():
+        resized.data.image_size = size
+    run = create_run(resized)
+    log_run(run)
+    output = folder / f"eval_{size}"
+    output.mkdir(exist_ok=True)
+    return write_outputs(run, folder, output)
+
+
+def write_outputs(run: Run, folder: pathlib.Path, output: pathlib.Path) -> dict[str, Any]:
+    """Restore the best state of `folder`, predict dev and test, and write every number and picture to `output`."""
+    variables, meta = restore_best(run, folder)
+    dev, test = (predict_split(run, variables, name, output) for name in ("dev", "test"))
+    report = {"checkpoint": _describe_checkpoint(meta)} | compute_report(run, dev, test)
+    report |= {"config": meta["config"], "environment": describe_environment()}
+    write_atomically(output / "metrics.json", to_json(report))
+    history = meta["progress"]["history"]
+    figures.save_curves(run, history, output / "training_curves.png")
+    chosen = report["test"]["at_dev_threshold"] or report["test"]["at_0.5"]
+    figures.save_attention_sheet(run, test, chosen["threshold"], output / "test_attention.png")
+    log.info("%s", format_summary(report))
+    log.info("everything is in %s: metrics.json, predictions_test.csv, test_attention.png, training_curves.png", output)
+    return report
+
+
+def restore_best(run: Run, folder: pathlib.Path) -> tuple[dict[str, PyTree], dict[str, Any]]:
+    """Return the variables of the lowest dev loss and what was saved with them.
+
+    Raises:
+      UserError: there is none, which after training means that no dev loss was a number.
+    """
+    abstract = run.abstract_state
+    with Checkpoints(folder, "best") as best:
+        restored = best.restore_variables({"params": abstract.params, "batch_stats": abstract.batch_stats})
+    if restored is None:
+        raise UserError(f"{folder} has no best checkpoint: no epoch ended with a finite dev loss; see metrics.csv")
+    return restored
+
+
+def predict_split(run: Run, variables: dict[str, PyTree], name: str, output: pathlib.Path) -> Predictions:
+    """Predict a split and write predictions_NAME.csv: one row for each image."""
+    split = run.dataset.splits[name]
+    predictions = evaluate_split(
+        run.eval_step,
+        variables,
+        split,
+        run.mesh,
+        batch_size=run.config.eval.batch_size,
+        num_threads=run.config.data.num_threads,
+    )
+    write_predictions(
+        output / f"predictions_{name}.csv",
+        ids=split.index["id"],
+        patients=split.index["patient"],
+        labels=predictions.label,
+        logits=predictions.logit,
+        scores=predictions.score,
+    )
+    return predictions
+
+
+def _describe_checkpoint(meta: dict[str, Any]) -> dict[str, Any]:
+    progress = meta["progress"]
+    return {"step": progress["best_step"], "epoch": progress["epoch"], "monitored": progress["best_loss"]}

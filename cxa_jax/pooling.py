@@ -1,0 +1,300 @@
+"""Global poolings: from a feature map [B, h, w, C] to one vector [B, C], and the weight of every cell in it.
+
+Every pooling of `POOLINGS` is called the same way and returns the pooled features f beside their weights p::
+
+    pooled, p = POOLINGS[name](features, attention_logits, mask=None, temperature=1.0)
+
+p is df/dF with the attention logits held fixed: [B, h, w, 1] where all channels share one map, [B, h, w, C] where each
+channel has its own (its mean over channels is the map to draw). Everything is computed in float32 whatever the compute
+type of the network (float64 stays float64). Cells where `mask` is False carry no weight; a row without any valid cell
+gives zeros, in p and in every gradient. docs/amm.md has the mathematics.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from cxa_jax.array_types import AttentionLogits, Features, Pooled
+
+Weights = Float[Array, "B h w M"]  # p: M = 1 for one map, M = C for one map per channel, else one per class
+CellMask = Bool[Array, "B h w"]  # True = the cell counts
+PooledClasses = Float[Array, "B M C"]  # one vector for each of M maps
+Kernel = Float[Array, "_ _"]
+Bias = Float[Array, "M"]
+
+_CELLS = (1, 2)
+
+
+def gwap(
+    features: Features,
+    attention_logits: AttentionLogits,
+    *,
+    mask: CellMask | None = None,
+    temperature: ArrayLike = 1.0,
+) -> Pooled | PooledClasses:
+    """Pool features by globally weighted averaging with the attention W = sigmoid(z).
+
+    ``f_k = sum_i W_i F_ik / sum_i W_i``, i over cells, computed as ``softmax_i(log sigmoid(z_i))``: the same number,
+    without the quotient's 0 / 0 at low logits and without an epsilon that would bias it.
+
+    Args:
+      features: F, [B, h, w, C].
+      attention_logits: z, [B, h, w, M], any finite value; M = 1 is the paper's one shared map.
+      mask: [B, h, w], True where a cell counts; None counts all.
+      temperature: > 0, divides log W; 1 is the paper.
+
+    Returns:
+      f, [B, C] for M = 1, else [B, M, C]: one vector for each map.
+
+    Source: Eqs. (8), (9).
+    """
+    return amm(features, attention_logits, mask=mask, temperature=temperature)[0]
+
+
+def gap(features: Features, *, mask: CellMask | None = None) -> Pooled:
+    """Pool features by global averaging: ``f_k = sum_i F_ik / S`` (the paper's GAP models, Table 5).
+
+    Args:
+      features: F, [B, h, w, C].
+      mask: [B, h, w], True where a cell counts; None counts all.
+
+    Returns:
+      f, [B, C].
+    """
+    features, valid = at_least_float32(features), _valid(features, mask)
+    return jnp.sum(jnp.where(valid, features, 0), axis=_CELLS) / _count(valid, features.dtype)[:, 0, 0]
+
+
+def amm_weights(
+    attention_logits: AttentionLogits, *, mask: CellMask | None = None, temperature: ArrayLike = 1.0
+) -> Weights:
+    """Return ``p = softmax(log sigmoid(z) / temperature)`` over cells: W / sum W at temperature 1 (Eq. 9)."""
+    return _softmax(jax.nn.log_sigmoid(at_least_float32(attention_logits)), mask, temperature)
+
+
+def softmax_weights(
+    attention_logits: AttentionLogits, *, mask: CellMask | None = None, temperature: ArrayLike = 1.0
+) -> Weights:
+    """Return ``p = softmax(z / temperature)`` over cells (Ilse et al. 2018)."""
+    return _softmax(at_least_float32(attention_logits), mask, temperature)
+
+
+def pool(features: Features, weights: Weights) -> Pooled | PooledClasses:
+    """Average features with the weights of one map, or of one map per class.
+
+    ``f_k = sum_i p_i F_ik``; with M > 1 maps ``f_mk = sum_i p_im F_ik``.
+
+    Args:
+      features: F, [B, h, w, C].
+      weights: p, [B, h, w, M].
+
+    Returns:
+      [B, C] for M = 1, else [B, M, C].
+    """
+    features, weights = at_least_float32(features), at_least_float32(weights)
+    # A contraction over cells, so p is never copied to all C channels (Table 3's "hard-coded" convolution);
+    # HIGHEST because accelerators otherwise round float32 operands to TF32 or bfloat16.
+    pooled = jnp.einsum("bhwk,bhwm->bmk", features, weights, precision=jax.lax.Precision.HIGHEST)
+    return pooled[:, 0] if weights.shape[-1] == 1 else pooled
+
+
+def gated_attention_logits(
+    features: Features, tanh_kernel: Kernel, gate_kernel: Kernel, kernel: Kernel
+) -> AttentionLogits:
+    """Return ``z_i = w . (tanh(V F_i) * sigmoid(U F_i))``: V, U, w are learnt (Ilse et al. 2018, Eq. 9).
+
+    Args:
+      features: F, [B, h, w, C].
+      tanh_kernel: V, [C, L].
+      gate_kernel: U, [C, L].
+      kernel: w, [L, M].
+
+    Returns:
+      z, [B, h, w, M], for the pooling 'gated'.
+    """
+    hidden = jnp.tanh(_dense(features, tanh_kernel)) * jax.nn.sigmoid(_dense(features, gate_kernel))
+    return _dense(hidden, kernel)
+
+
+def pcam_logits(features: Features, kernel: Kernel, bias: Bias) -> AttentionLogits:
+    """Return ``z_i = w . F_i + b``, the classifier's own logit at each cell, for the pooling 'pcam' (Ye et al. 2020).
+
+    The logit of the image is then the same classifier on the pooled features, ``w . f + b``.
+
+    Args:
+      features: F, [B, h, w, C].
+      kernel: w, [C, M], shared with the classifier.
+      bias: b, [M], shared with the classifier.
+
+    Returns:
+      z, [B, h, w, M].
+    """
+    return _dense(features, kernel) + at_least_float32(bias)[None, None, None, :]
+
+
+def average_pool_2x2_same(x: AttentionLogits) -> AttentionLogits:
+    """Average each cell with its right, lower and lower-right neighbours, those outside left out of the mean.
+
+    The 2x2 'same' average pool with stride 1 of Table 3, as Keras computes it. It moves what it averages half a cell
+    up and left, and commutes with a 1x1 convolution.
+
+    Args:
+      x: [B, h, w, M].
+
+    Returns:
+      [B, h, w, M], in the type of x.
+    """
+    # Repeating the last row and column gives the mean over the neighbours inside: {a} = {a, a}.
+    x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)), mode="edge")
+    return (x[:, :-1, :-1] + x[:, 1:, :-1] + x[:, :-1, 1:] + x[:, 1:, 1:]) / 4
+
+
+def amm(features, attention_logits, *, mask=None, temperature=1.0) -> tuple[Pooled | PooledClasses, Weights]:
+    """Pool as `gwap`, and return the weights too."""
+    weights = amm_weights(attention_logits, mask=mask, temperature=temperature)
+    return pool(features, weights), weights
+
+
+def softmax_attention(features, attention_logits, *, mask=None, temperature=1.0):
+    """Pool with softmax attention, ``f_k = sum_i softmax(z / temperature)_i F_ik`` (Ilse et al. 2018)."""
+    weights = softmax_weights(attention_logits, mask=mask, temperature=temperature)
+    return pool(features, weights), weights
+
+
+def global_average(features, attention_logits=None, *, mask=None, temperature=1.0):
+    """Pool as `gap`, and return p = 1 / S; logits and temperature are not read."""
+    features, valid = at_least_float32(features), _valid(features, mask)
+    return gap(features, mask=mask), valid.astype(features.dtype) / _count(valid, features.dtype)
+
+
+def global_max(features, attention_logits=None, *, mask=None, temperature=1.0):
+    """Pool by ``f_k = max_i F_ik``, per channel; ties share the weight; logits and temperature are not read."""
+    valid = _valid(features, mask)
+
+    def pooled(features):
+        largest = jnp.max(jnp.where(valid, features, jnp.finfo(features.dtype).min), axis=_CELLS)
+        return _zero_if_empty(largest, valid)
+
+    return weights_by_gradient(pooled, features)
+
+
+def log_sum_exp(features, attention_logits=None, *, mask=None, temperature=1.0, sharpness=10.0):
+    """Pool by ``f_k = (1 / r) log mean_i exp(r F_ik)``, r = sharpness / temperature, per channel (Wang et al. 2017).
+
+    p = softmax(r F) sums to one, yet ``f = sum p F - KL(p || 1 / S) / r``: the only entry where f is not sum p F.
+    """
+    valid = _valid(features, mask)
+
+    def pooled(features):
+        r = sharpness / _positive(temperature, features.dtype)
+        return _zero_if_empty(_log_mean_exp(r * features, valid) / r, valid)
+
+    return weights_by_gradient(pooled, features)
+
+
+def generalized_mean(features, attention_logits=None, *, mask=None, temperature=1.0, exponent=3.0, floor=1e-6):
+    """Pool by ``f_k = (mean_i max(F_ik, floor)^q)^(1 / q)``, q = exponent / temperature (GeM, Radenovic et al. 2019).
+
+    f = sum p F, while sum p <= 1 for q >= 1. Features below the floor get no weight.
+    """
+    valid = _valid(features, mask)
+
+    def pooled(features):
+        q = exponent / _positive(temperature, features.dtype)
+        logs = jnp.log(jnp.maximum(features, floor))
+        return _zero_if_empty(jnp.exp(_log_mean_exp(q * logs, valid) / q), valid)
+
+    return weights_by_gradient(pooled, features)
+
+
+def top_k_mean(features, attention_logits=None, *, mask=None, temperature=1.0, fraction=0.1):
+    """Pool by the mean of the largest k = fraction x S cells (at least one) of each channel; only F is read."""
+    valid = _valid(features, mask)
+
+    def pooled(features):
+        cells = jnp.where(valid, features, jnp.finfo(features.dtype).min)
+        cells = jnp.moveaxis(cells, 3, 1).reshape(cells.shape[0], cells.shape[3], -1)
+        largest = jax.lax.top_k(cells, math.ceil(fraction * cells.shape[2]))[0]
+        k = jnp.maximum(jnp.round(fraction * _count(valid, features.dtype)[:, 0]), 1)  # S is what the mask leaves
+        rank = jnp.arange(largest.shape[2], dtype=features.dtype)[None, None, :]
+        return _zero_if_empty(jnp.sum(jnp.where(rank < k, largest, 0), axis=2) / k[:, 0], valid)
+
+    return weights_by_gradient(pooled, features)
+
+
+def weights_by_gradient(pooled: Callable[[Features], Pooled], features: Features) -> tuple[Pooled, Weights]:
+    """Return pooled(F) and ``p_ik = df_k / dF_ik`` of a pooling that treats each channel of F alone.
+
+    Under jit the gradient is not computed when p is not used.
+    """
+    value, pullback = jax.vjp(pooled, at_least_float32(features))
+    return value, pullback(jnp.ones_like(value))[0]
+
+
+# The one table of poolings: a new one is a function and a line here (docs/amm.md has an example).
+POOLINGS: dict[str, Callable[..., tuple[Array, Array]]] = {
+    "amm": amm,  # logits of the attention branch (Table 3)
+    "softmax": softmax_attention,  # logits of the attention branch
+    "gated": softmax_attention,  # logits of gated_attention_logits, with learnt V, U, w
+    "pcam": amm,  # logits of pcam_logits, with the kernel and bias of a linear head
+    "gap": global_average,
+    "gmp": global_max,
+    "lse": log_sum_exp,
+    "gem": generalized_mean,
+    "topk": top_k_mean,
+}
+# These read features alone: attention_logits may be None, and a model builds no attention branch for them.
+FEATURES_ONLY = frozenset({"gap", "gmp", "lse", "gem", "topk"})
+
+
+def at_least_float32(x: Array) -> Array:
+    """Return x in float32, or unchanged if it is float64."""
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
+def _dense(x: Array, kernel: Array) -> Array:
+    x, kernel = at_least_float32(x), at_least_float32(kernel)
+    return jnp.einsum("bhwc,cm->bhwm", x, kernel, precision=jax.lax.Precision.HIGHEST)
+
+
+def _positive(temperature: ArrayLike, dtype) -> Array:
+    if isinstance(temperature, int | float) and not temperature > 0:  # a traced temperature cannot be checked
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    return jnp.asarray(temperature, dtype)
+
+
+def _valid(features: Array, mask: Array | None) -> Array:
+    return jnp.ones((*features.shape[:3], 1), bool) if mask is None else mask.astype(bool)[..., None]
+
+
+def _count(valid: Array, dtype) -> Array:
+    return jnp.maximum(jnp.sum(valid, axis=_CELLS, keepdims=True), 1).astype(dtype)
+
+
+def _zero_if_empty(pooled: Array, valid: Array) -> Array:
+    return jnp.where(jnp.any(valid, axis=_CELLS), pooled, 0)
+
+
+def _exp(scores: Array, valid: Array) -> tuple[Array, Array, Array]:
+    """Return exp(scores - top) over valid cells, its sum (1 for an empty row) and top, the largest valid score."""
+    top = jnp.max(jax.lax.stop_gradient(scores), axis=_CELLS, keepdims=True, initial=-jnp.inf, where=valid)
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    # the inner where keeps masked cells out of exp, where they could overflow and turn a zero gradient into NaN
+    exp = jnp.where(valid, jnp.exp(jnp.where(valid, scores - top, 0)), 0)
+    total = jnp.sum(exp, axis=_CELLS, keepdims=True)
+    return exp, jnp.where(jnp.any(valid, axis=_CELLS, keepdims=True), total, 1), top
+
+
+def _softmax(scores: Array, mask: Array | None, temperature: ArrayLike) -> Array:
+    valid = _valid(scores, mask)
+    exp, total, _ = _exp(scores / _positive(temperature, scores.dtype), valid)
+    return exp / total
+
+
+def _log_mean_exp(scores: Array, valid: Array) -> Array:
+    _, total, top = _exp(scores, valid)
+    return (jnp.log(total / _count(valid, scores.dtype)) + top)[:, 0, 0]

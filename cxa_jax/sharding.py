@@ -1,0 +1,34 @@
+"""One mesh over all devices: batches split along it, everything else replicated."""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from cxa_jax.array_types import PyTree
+from cxa_jax.errors import UserError
+
+
+def create_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+    """Return a one-dimensional mesh named 'data' over `devices` (all by default)."""
+    return Mesh(np.asarray(devices or jax.devices()), ("data",))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of the train state: a copy on each device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of a batch: rows divided among devices, so batch norm under jit sees global moments."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
+    """Copy a host batch to the devices, without waiting."""
+    return jax.device_put(batch, split(mesh))
+
+
+def check_batch_size(field: str, batch_size: int, mesh: Mesh) -> None:
+    """Raise UserError unless the batch divides by the devices."""
+    if batch_size < 1 or batch_size % mesh.size:
+        raise UserError(f"{field}={batch_size} must be a positive multiple of the {mesh.size} device(s)")

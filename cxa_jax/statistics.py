@@ -1,0 +1,271 @@
+"""Uncertainty of evaluation results: patient-clustered bootstrap intervals and combination over seeds.
+
+Images of one patient resemble each other, so whole patients are resampled.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+from cxa_jax.errors import UserError
+from cxa_jax.metrics import CONFUSION_METRICS, check_labels_and_scores, compute_confusion_metrics
+
+NUM_RESAMPLES = 2000
+MAX_CELLS = 2_000_000  # weights held at once (16 MB an array): bounds memory whatever the data and the resamples
+RANKING_STATISTICS = ("auroc", "average_precision")
+STATISTICS = (*RANKING_STATISTICS, "brier_score", *CONFUSION_METRICS)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its confidence interval; `num_undefined` resamples (one class only, ...) were left out."""
+
+    estimate: float
+    low: float
+    high: float
+    level: float
+    num_resamples: int = 0
+    num_undefined: int = 0
+
+
+def resample_patients(
+    patients: ArrayLike | None, num_images: int, num_resamples: int, seed: int | np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Draw patients with replacement and yield how often each image occurs, in chunks of resamples.
+
+    Args:
+        patients: [N] patient of each image; None takes every image for a patient of its own.
+        num_images: N.
+        num_resamples: resamples in all chunks together.
+        seed: of the draws. The same seed and patients give the same resamples, whatever is computed on them.
+
+    Yields:
+        float64 [r, N] integer weights.
+
+    Raises:
+        UserError: another number of patients than images, or less than one resample.
+    """
+    patients = np.arange(num_images) if patients is None else np.asarray(patients)
+    if patients.shape != (num_images,):
+        raise UserError(f"patients has shape {patients.shape}; needed is one patient for each of {num_images} images")
+    if num_resamples < 1:
+        raise UserError(f"num_resamples is {num_resamples}; needed is at least 1 (2000 for reported intervals)")
+    rng = np.random.default_rng(seed)
+    names, patient_of_image = np.unique(patients, return_inverse=True)
+    chunk = max(1, MAX_CELLS // num_images)
+    for start in range(0, num_resamples, chunk):
+        size = min(chunk, num_resamples - start)
+        draws = rng.integers(len(names), size=(size, len(names)))
+        cells = draws + np.arange(size)[:, None] * len(names)
+        counts = np.bincount(cells.ravel(), minlength=size * len(names)).reshape(size, len(names))
+        yield counts[:, patient_of_image].astype(np.float64)
+
+
+def compute_weighted_statistics(
+    labels: ArrayLike, scores: ArrayLike, weights: np.ndarray, statistics: Sequence[str], threshold: float = 0.5
+) -> dict[str, np.ndarray]:
+    """Compute statistics of weighted images, for many sets of weights at once.
+
+    An integer weight stands for that many copies of the image. Scores are sorted once for all sets of weights.
+
+    Args:
+        labels: [N], 0 or 1.
+        scores: [N].
+        weights: [R, N], non-negative.
+        statistics: names from `STATISTICS`.
+        threshold: of the statistics that need one.
+
+    Returns:
+        name -> [R]; nan where undefined.
+
+    Raises:
+        UserError: an unknown name, a wrong shape.
+    """
+    labels, scores = check_labels_and_scores(labels, scores)
+    if weights.ndim != 2 or weights.shape[1] != len(labels):
+        raise UserError(f"weights has shape {weights.shape}; needed is [R, {len(labels)}]")
+    unknown = [name for name in statistics if name not in STATISTICS]
+    if unknown:
+        raise UserError(f"unknown statistics {', '.join(unknown)}; known are {', '.join(STATISTICS)}")
+    values: dict[str, np.ndarray] = {}
+    if any(name in RANKING_STATISTICS for name in statistics):
+        values |= _ranking_statistics(labels, scores, weights)
+    if "brier_score" in statistics:
+        values["brier_score"] = weights @ (scores - labels) ** 2 / weights.sum(1)
+    if any(name in CONFUSION_METRICS for name in statistics):
+        cells = np.eye(4)[2 * labels + (scores >= threshold)]
+        values |= compute_confusion_metrics((weights @ cells).reshape(-1, 2, 2))
+    return {name: values[name] for name in statistics}
+
+
+def _ranking_statistics(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Compute AUROC and average precision from the weight of each class at each distinct score, highest first."""
+    order = np.argsort(-scores, kind="stable")
+    first_of_ties = np.flatnonzero(np.diff(scores[order], prepend=np.inf))
+    ranked, positive = weights[:, order], labels[order]
+    positives = np.add.reduceat(ranked * positive, first_of_ties, axis=1)
+    negatives = np.add.reduceat(ranked * (1 - positive), first_of_ties, axis=1)
+    tp, fp = np.cumsum(positives, axis=1), np.cumsum(negatives, axis=1)
+    num_positives, num_negatives = tp[:, -1], fp[:, -1]
+    negatives_below = num_negatives[:, None] - fp + negatives / 2  # a tie counts half
+    pairs = np.einsum("rg,rg->r", positives, negatives_below)
+    precision = tp / np.maximum(tp + fp, np.finfo(np.float64).tiny)  # no weight so far: 0, and no positive either
+    undefined = np.full(len(weights), np.nan)
+    both, some = (num_positives > 0) & (num_negatives > 0), num_positives > 0
+    area = np.einsum("rg,rg->r", positives, precision)
+    return {
+        "auroc": np.divide(pairs, num_positives * num_negatives, out=undefined.copy(), where=both),
+        "average_precision": np.divide(area, num_positives, out=undefined.copy(), where=some),
+    }
+
+
+def count_patients(labels: ArrayLike, patients: ArrayLike | None) -> int:
+    """Count the patients of the rarer class: what the width of an interval hangs on."""
+    labels = np.asarray(labels)
+    patients = np.arange(len(labels)) if patients is None else np.asarray(patients)
+    return min(len(np.unique(patients[labels == label])) for label in (0, 1))
+
+
+def make_interval(estimate: float, samples: np.ndarray, level: float, num_patients: int) -> Interval:
+    """Return the expanded percentile interval of bootstrap samples; nan samples are left out and counted.
+
+    Plain percentiles are too narrow for few patients; as Hesterberg (2015) has it, the tails are
+    Phi(-sqrt(n / (n - 1)) t_{n-1}) instead of (1 - level) / 2. For n = 338 patients .0243 instead of .025.
+
+    Args:
+        estimate: statistic of all images.
+        samples: [R], the same of each resample.
+        level: of confidence, in (0, 1).
+        num_patients: n, independent units behind the estimate.
+
+    Raises:
+        UserError: level outside (0, 1).
+    """
+    if not 0 < level < 1:
+        raise UserError(f"level is {level}; needed is a number between 0 and 1, such as 0.95")
+    n = max(num_patients, 2)
+    tail = 100 * stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf((1 + level) / 2, n - 1))
+    defined = samples[np.isfinite(samples)]
+    low, high = np.percentile(defined, [tail, 100 - tail]) if len(defined) else (math.nan, math.nan)
+    return Interval(float(estimate), float(low), float(high), level, len(samples), len(samples) - len(defined))
+
+
+def bootstrap_intervals(
+    labels: ArrayLike,
+    scores: ArrayLike,
+    patients: ArrayLike | None,
+    statistics: Sequence[str] = ("auroc",),
+    *,
+    threshold: float = 0.5,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int | np.random.Generator = 0,
+    level: float = 0.95,
+) -> dict[str, Interval]:
+    """Compute patient-clustered intervals of several statistics on the same resamples.
+
+    Args:
+        labels: [N], 0 or 1.
+        scores: [N].
+        patients: [N], or None for independent images.
+        statistics: names from `STATISTICS`.
+        threshold: of the statistics that need one.
+
+    Returns:
+        name -> Interval.
+    """
+    labels, scores = check_labels_and_scores(labels, scores)
+    estimates = compute_weighted_statistics(labels, scores, np.ones((1, len(labels))), statistics, threshold)
+    chunks = [
+        compute_weighted_statistics(labels, scores, weights, statistics, threshold)
+        for weights in resample_patients(patients, len(labels), num_resamples, seed)
+    ]
+    samples = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in statistics}
+    units = count_patients(labels, patients)
+    return {name: make_interval(estimates[name][0], samples[name], level, units) for name in statistics}
+
+
+def bootstrap_interval(
+    labels: ArrayLike, scores: ArrayLike, patients: ArrayLike | None, statistic: str = "auroc", **options: float
+) -> Interval:
+    """Compute the interval of one statistic; options as in `bootstrap_intervals`."""
+    return bootstrap_intervals(labels, scores, patients, (statistic,), **options)[statistic]
+
+
+def bootstrap_means(
+    columns: Mapping[str, ArrayLike],
+    patients: ArrayLike | None,
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int | np.random.Generator = 0,
+    level: float = 0.95,
+) -> dict[str, Interval]:
+    """Compute patient-clustered intervals of the mean of per-image values [N]; nan values do not count."""
+    values = np.stack([np.asarray(column, np.float64) for column in columns.values()], axis=1)
+    if not len(values):  # no image, such as no predicted positive: nothing is defined
+        return {name: Interval(math.nan, math.nan, math.nan, level) for name in columns}
+    defined = np.isfinite(values).astype(np.float64)
+    filled = np.where(defined > 0, values, 0.0)
+
+    def weighted_means(weights: np.ndarray) -> np.ndarray:
+        total, count = weights @ filled, weights @ defined
+        return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+
+    estimates = weighted_means(np.ones((1, len(values))))[0]
+    chunks = resample_patients(patients, len(values), num_resamples, seed)
+    samples = np.concatenate([weighted_means(weights) for weights in chunks])
+    units = len(values) if patients is None else len(np.unique(patients))
+    return {name: make_interval(estimates[i], samples[:, i], level, units) for i, name in enumerate(columns)}
+
+
+@dataclass(frozen=True)
+class SeedSummary:
+    """One statistic over training runs that differ in the seed: their values, mean, sd, and a pooled interval."""
+
+    values: tuple[float, ...]
+    mean: float
+    sd: float
+    interval: Interval
+
+
+def combine_seeds(
+    labels: ArrayLike,
+    scores: ArrayLike,
+    patients: ArrayLike | None,
+    statistic: str = "auroc",
+    *,
+    threshold: float = 0.5,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int | np.random.Generator = 0,
+    level: float = 0.95,
+) -> SeedSummary:
+    """Combine runs of several seeds on the same images.
+
+    The pooled interval holds both sources of variance: mean +- z sqrt(var_patients + sd^2 / S), with var_patients
+    from resampling the patients of all runs together and sd over the S runs. It is for the mean of such runs.
+
+    Args:
+        labels: [N], 0 or 1.
+        scores: [S, N], one row a seed.
+
+    Returns:
+        SeedSummary; with one run sd is nan and the interval holds the patients' variance alone.
+    """
+    runs = [check_labels_and_scores(labels, row)[1] for row in np.atleast_2d(scores)]
+
+    def run_values(weights: np.ndarray) -> np.ndarray:
+        rows = [compute_weighted_statistics(labels, run, weights, (statistic,), threshold) for run in runs]
+        return np.stack([row[statistic] for row in rows])
+
+    values = run_values(np.ones((1, len(runs[0]))))[:, 0]
+    chunks = resample_patients(patients, len(runs[0]), num_resamples, seed)
+    samples = np.concatenate([run_values(weights).mean(0) for weights in chunks])
+    interval = make_interval(values.mean(), samples, level, count_patients(labels, patients))
+    sd = float(values.std(ddof=1)) if len(runs) > 1 else math.nan
+    between_runs = sd**2 / len(runs) if len(runs) > 1 else 0.0
+    half = stats.norm.ppf((1 + level) / 2) * math.sqrt(np.nanvar(samples) + between_runs)
+    pooled = replace(interval, low=interval.estimate - half, high=interval.estimate + half)
+    return SeedSummary(tuple(values.tolist()), interval.estimate, sd, pooled)

@@ -1,0 +1,217 @@
+"""train_and_evaluate: the story of a run. The only file that loops over epochs."""
+
+import json
+import logging
+import pathlib
+import time
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from cxa_jax import figures
+from cxa_jax.array_types import Batch
+from cxa_jax.checkpointing import Checkpoints
+from cxa_jax.data.pipeline import make_train_iterator, steps_per_epoch
+from cxa_jax.errors import UserError
+from cxa_jax.evaluate import compute_loss, evaluate_split
+from cxa_jax.metric_writer import MetricWriter, progress_bar, write_history
+from cxa_jax.metrics import compute_auroc
+from cxa_jax.outputs import write_outputs
+from cxa_jax.progress import Progress
+from cxa_jax.run import Run, create_run, log_run
+from cxa_jax.sharding import put_batch, replicated
+from cxa_jax.train_state import TrainState
+from cxa_jax.workdir import (
+    check_same_run,
+    describe_environment,
+    flatten_config,
+    log_to_file,
+    open_workdir,
+    to_json,
+    write_atomically,
+)
+
+log = logging.getLogger(__name__)
+
+MONITORED = ("dev_loss", "dev_loss_weighted", "dev_auroc")
+
+
+def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
+    """Train until the config's end, keep the lowest-dev-loss state, test it, write everything to `workdir`.
+
+    The same call on the same workdir goes on where a cut run stopped, bit for bit as if it had not been cut.
+
+    Returns:
+      What was written to metrics.json.
+
+    Raises:
+      UserError: config, data or workdir cannot be used, or the loss stopped being finite; the message has the cure.
+    """
+    if config.train.select_by not in MONITORED:
+        raise UserError(f"config.train.select_by={config.train.select_by!r} is not one of {', '.join(MONITORED)}")
+    folder = open_workdir(workdir)
+    log_to_file(folder)
+    run = create_run(config)
+    log_run(run)
+    with Checkpoints(folder, "latest", num_kept=2) as latest, Checkpoints(folder, "best") as best:
+        state, progress, iterator = start_or_resume(run, folder, latest)
+        if progress.epoch == 0:
+            figures.save_augmentation_grid(run, folder / "augmentation.png")
+        with MetricWriter(folder, first_step=int(state.step) + 1) as writer:
+            while progress.epoch < config.train.num_epochs and not progress.early_stop.stop:
+                state, progress = train_epoch(run, state, progress, iterator, latest)
+                progress = end_epoch(run, state, progress)
+                if progress.best_step == int(state.step):
+                    best.save(state, make_meta(run, progress, iterator))
+                    best.wait()  # the best is on disk before a newer latest can point to it
+                latest.save(state, make_meta(run, progress, iterator))
+                writer.write(list(progress.history))
+    return write_outputs(run, folder, folder)
+
+
+def start_or_resume(run: Run, folder: pathlib.Path, latest: Checkpoints) -> tuple[TrainState, Progress, Any]:
+    """Return state, progress and iterator: the workdir's newest ones if it has any, else new ones.
+
+    Raises:
+      UserError: the workdir holds another run.
+    """
+    meta = latest.read_meta()  # first alone: another network's arrays would not fit the mould
+    changes = check_same_run(meta, run.config, run.dataset.fingerprint, folder) if meta else []
+    write_atomically(folder / "config.json", run.config.to_json_best_effort(indent=2) + "\n")
+    write_atomically(folder / "environment.json", to_json(describe_environment()))
+    restored = latest.restore(run.abstract_state) if meta else None
+    split, size = run.dataset.splits["train"], run.config.train.batch_size
+    if restored is None:
+        iterator = make_train_iterator(split, run.config.data, batch_size=size, seed=run.config.seed)
+        return run.create_state(), Progress(), iterator
+    state, meta = restored
+    progress = Progress.from_meta(meta["progress"])
+    if changes and progress.epoch_step:
+        progress = progress.restart_epoch()  # the order within the epoch may be another one now
+    position = progress.epoch * steps_per_epoch(split, run.config.data, size) + progress.epoch_step
+    iterator = make_train_iterator(split, run.config.data, batch_size=size, seed=run.config.seed, start_step=position)
+    if not changes:
+        iterator.set_state(json.loads(meta["iterator"]))
+    write_history(folder / "metrics.csv", list(progress.history))
+    log.info("resuming %s at step %d, epoch %d", folder, int(state.step), progress.epoch + 1)
+    for change in changes:
+        log.warning("resumed with a change: %s", change)
+    return state, progress, iterator
+
+
+def make_meta(run: Run, progress: Progress, iterator: grain.DatasetIterator) -> dict[str, Any]:
+    """Return what a checkpoint holds besides arrays, in JSON's types."""
+    return {
+        "progress": progress.to_meta(),
+        "iterator": json.dumps(iterator.get_state()),
+        "root_key": np.asarray(jax.random.key_data(run.root_key)).tolist(),
+        "config": flatten_config(run.config),
+        "fingerprint": run.dataset.fingerprint,
+        "data": run.dataset.name,
+    }
+
+
+def train_epoch(
+    run: Run, state: TrainState, progress: Progress, iterator: grain.DatasetIterator, latest: Checkpoints
+) -> tuple[TrainState, Progress]:
+    """Train to the end of the epoch under way.
+
+    A step's metrics are fetched while the device works on the next step, so the host never holds it up.
+    """
+    train, pending = run.config.train, None
+    num_steps = steps_per_epoch(run.dataset.splits["train"], run.config.data, train.batch_size)
+    rate_scale = jax.device_put(np.float32(progress.plateau.scale), replicated(run.mesh))
+    title = f"epoch {progress.epoch + 1}/{train.num_epochs}"
+    started = progress.epoch_step * train.batch_size
+    if progress.epoch_step == num_steps:
+        return state, progress
+    with progress_bar(num_steps * train.batch_size, title, initial=started) as bar:
+        for epoch_step in range(progress.epoch_step, num_steps):
+            batch = next(iterator)
+            on_device = put_batch({name: batch[name] for name in ("image", "label", "mask")}, run.mesh)
+            state, metrics = run.train_step(state, on_device, rate_scale)
+            if pending is not None:
+                progress = _fetch(run, state, progress, pending, latest, bar)
+            pending = batch, metrics
+            if train.checkpoint_every_steps and (epoch_step + 1) % train.checkpoint_every_steps == 0:
+                progress, pending = _fetch(run, state, progress, pending, latest, bar), None
+                latest.save(state, make_meta(run, progress, iterator))
+        if pending is not None:
+            progress = _fetch(run, state, progress, pending, latest, bar)
+    return state, progress
+
+
+def _fetch(
+    run: Run,
+    state: TrainState,
+    progress: Progress,
+    pending: tuple[Batch, dict[str, jax.Array]],
+    latest: Checkpoints,
+    bar: tqdm,
+) -> Progress:
+    batch, metrics = pending
+    loss = float(metrics["loss"])
+    if not bool(metrics["healthy"]):
+        _stop_unhealthy(run, state, progress, batch, loss, latest)
+    progress = progress.add_step(loss, int(batch["mask"].sum()))
+    bar.set_postfix(loss=f"{progress.train_loss:.4f}", refresh=False)
+    bar.update(run.config.train.batch_size)
+    return progress
+
+
+def _stop_unhealthy(
+    run: Run, state: TrainState, progress: Progress, batch: Batch, loss: float, latest: Checkpoints
+) -> None:
+    """Save the state, which froze before the bad step, and raise."""
+    step = int(state.step)
+    split = run.dataset.splits["train"]
+    num_steps = steps_per_epoch(split, run.config.data, run.config.train.batch_size)
+    position = progress.epoch * num_steps + progress.epoch_step
+    iterator = make_train_iterator(
+        split, run.config.data, batch_size=run.config.train.batch_size, seed=run.config.seed, start_step=position
+    )
+    latest.save(state.replace(healthy=jax.numpy.ones_like(state.healthy)), make_meta(run, progress, iterator))
+    latest.wait()
+    rate = run.config.optimizer.learning_rate * progress.plateau.scale
+    ids = ", ".join(split.index["id"][batch["index"]].tolist())
+    raise UserError(
+        f"the loss is {loss} or its gradient is not finite at step {step} (epoch {progress.epoch + 1}), learning rate "
+        f"{rate:g}, images {ids}.\nThe state before this step is kept in {latest.directory}. Look at these images, or "
+        "go on with a lower --config.optimizer.learning_rate and --config.train.resume_changed=True."
+    )
+
+
+def end_epoch(run: Run, state: TrainState, progress: Progress) -> Progress:
+    """Evaluate the dev split, add the epoch's row, update plateau and early stop."""
+    start = time.perf_counter()
+    config = run.config
+    predictions = evaluate_split(
+        run.eval_step,
+        state.variables,
+        run.dataset.splits["dev"],
+        run.mesh,
+        batch_size=config.eval.batch_size,
+        num_threads=config.data.num_threads,
+        show_progress=False,
+    )
+    finite = bool(np.isfinite(predictions.logit).all())
+    row = {
+        "epoch": progress.epoch + 1,
+        "step": int(state.step),
+        "learning_rate": config.optimizer.learning_rate * progress.plateau.scale,
+        "train_loss": progress.train_loss,
+        "dev_loss": compute_loss(predictions),
+        "dev_loss_weighted": compute_loss(predictions, run.class_weights),
+        "dev_auroc": compute_auroc(predictions.label, predictions.logit) if finite else float("nan"),
+    }
+    monitored = -row["dev_auroc"] if config.train.select_by == "dev_auroc" else row[config.train.select_by]
+    ended = progress.end_epoch(monitored, row["step"], row, config.optimizer)
+    log.info(
+        "epoch %d: train loss %.4f, dev loss %.4f, dev AUROC %.4f, learning rate %.3g (dev took %.1f s)%s",
+        row["epoch"], row["train_loss"], row["dev_loss"], row["dev_auroc"], row["learning_rate"],
+        time.perf_counter() - start, ", best so far" if ended.best_step == row["step"] else "",
+    )  # fmt: skip
+    return ended

@@ -1,0 +1,43 @@
+"""Everything a step changes, as one pytree."""
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+from cxa_jax.array_types import PyTree
+from cxa_jax.models.cxa import CardioXAttentionNet
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Step counter, parameters, batch-norm statistics (never touched by the optimiser) and optimiser state.
+
+    `healthy` turns False at the first step whose loss or gradient is not finite. From then on steps change nothing, so
+    the host, which looks one step late, still holds the last good state.
+    """
+
+    step: jax.Array
+    healthy: jax.Array
+    params: PyTree
+    batch_stats: PyTree
+    opt_state: PyTree
+
+    @property
+    def variables(self) -> dict[str, PyTree]:
+        """What `model.apply` takes."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def create_train_state(
+    key: jax.Array, model: CardioXAttentionNet, tx: optax.GradientTransformation, image_size: int
+) -> TrainState:
+    """Initialise the state from one key; the network is traced at `image_size` but its arrays do not depend on it."""
+
+    def init(key: jax.Array) -> TrainState:
+        images = jnp.zeros((1, image_size, image_size, 3))
+        variables = model.init(key, images, train=False)
+        params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        return TrainState(jnp.zeros((), jnp.int32), jnp.ones((), bool), params, batch_stats, tx.init(params))
+
+    return jax.jit(init)(key)  # traced once; without jit Flax' init runs the network op by op

@@ -1,0 +1,159 @@
+"""The folder of a run: what lies where, what shaped the run, and whether a resumed run is still the same run."""
+
+import datetime
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from cxa_jax.errors import UserError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy", "clu")
+
+# Fields that do not shape a result: where data lie, how many readers, how long to go on, how to evaluate.
+FREE_FIELDS = (
+    "name",
+    "data.data_dir",
+    "data.manual_dir",
+    "data.name",
+    "data.num_threads",
+    "data.num_workers",
+    "data.allow_missing",
+    "train.num_epochs",
+    "train.checkpoint_every_steps",
+    "train.resume_changed",
+)
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Write text to `path`, all or nothing: to a neighbour first, then renamed."""
+    neighbour = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        neighbour.write_text(text, encoding="utf-8")
+        os.replace(neighbour, path)
+    finally:
+        neighbour.unlink(missing_ok=True)
+
+
+def to_json(value: Any) -> str:
+    """Dump `value` as strict JSON: numbers that are not finite become null."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy arrays and scalars
+        return _finite(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def open_workdir(workdir: str | os.PathLike) -> pathlib.Path:
+    """Create the folder if need be and return it as an absolute path.
+
+    Raises:
+      UserError: it cannot be created or written.
+    """
+    path = pathlib.Path(workdir).expanduser().absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={path} cannot be created: {error.strerror}") from error
+    if not os.access(path, os.W_OK):
+        raise UserError(f"--workdir={path} cannot be written; choose another")
+    return path
+
+
+def log_to_file(workdir: pathlib.Path) -> None:
+    """Append the package's log to `workdir`/log.txt, besides the console."""
+    handler = logging.FileHandler(workdir / "log.txt", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("cxa_jax")
+    for other in [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]:
+        logger.removeHandler(other)
+        other.close()
+    logger.addHandler(handler)
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return what besides config and data shaped a run: versions, commit, machine, devices, command, time (UTC)."""
+    return {
+        "command": " ".join(sys.argv),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": read_commit(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "devices": [str(device.device_kind) for device in jax.devices()],
+        "processes": jax.process_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def read_commit() -> str:
+    """Return the commit of this source tree, '+changes' appended if it was edited, or 'unknown' outside git."""
+    source = pathlib.Path(__file__).parent.parent
+    try:
+        commit = _git(source, "rev-parse", "HEAD")
+        return commit + ("+changes" if _git(source, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
+        return "unknown"
+
+
+def _git(folder: pathlib.Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+
+
+def flatten_config(config: ConfigDict) -> dict[str, Any]:
+    """Return {'train.batch_size': 16, ...} in JSON's types (tuples as lists)."""
+    flat = {}
+
+    def visit(prefix: str, node: dict[str, Any]) -> None:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                visit(f"{prefix}{key}.", value)
+            else:
+                flat[prefix + key] = value
+
+    visit("", json.loads(config.to_json_best_effort()))
+    return flat
+
+
+def describe_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return 'config.a.b: old -> new' for every field that shapes a result and differs; inputs are flat configs."""
+    fields = sorted((old.keys() | new.keys()) - set(FREE_FIELDS))
+    missing = "(absent)"
+    return [
+        f"config.{field}: {old.get(field, missing)!r} -> {new.get(field, missing)!r}"
+        for field in fields
+        if old.get(field, missing) != new.get(field, missing)
+    ]
+
+
+def check_same_run(meta: dict[str, Any], config: ConfigDict, fingerprint: str, workdir: pathlib.Path) -> list[str]:
+    """Return the differences between a checkpoint's run and this one, if resuming is allowed all the same.
+
+    Raises:
+      UserError: config or data differ and config.train.resume_changed is False.
+    """
+    changes = describe_changes(meta["config"], flatten_config(config))
+    if meta["fingerprint"] != fingerprint:
+        changes.append(f"data fingerprint: {meta['fingerprint'][:12]} -> {fingerprint[:12]}")
+    if changes and not config.train.resume_changed:
+        raise UserError(
+            f"{workdir} holds a run with other settings:\n  " + "\n  ".join(changes) + "\n"
+            "Choose another --workdir, or go on with the new ones by --config.train.resume_changed=True."
+        )
+    return changes

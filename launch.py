@@ -1,0 +1,85 @@
+"""Train, evaluate and prepare data for Cardio-XAttentionNet.
+
+  python launch.py --config=configs/dense121.py                        train, on ChestX-ray14 if prepared, else phantoms
+  python launch.py --config=configs/dense121.py:gap                    the GAP baseline
+  python launch.py --config=configs/dense121.py:phantom_quick          minutes on a laptop
+  python launch.py --config=configs/dense121.py --mode=evaluate        test the best state of a workdir again
+  python launch.py --config=configs/dense121.py --mode=prepare --config.data.manual_dir=/path/to/ChestX-ray14
+
+Any field of configs/common.py can be overridden: --config.train.batch_size=32.
+"""
+
+import logging
+import os
+import pathlib
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+from tqdm import tqdm
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, with variants: FILE[:VARIANT,...].", lock_config=True
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; by default runs/NAME, named after config and variants."
+)
+MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "prepare"], "What to do.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        sys.exit(f"error: unexpected argument(s) {' '.join(argv[1:])}; flags look like --config=FILE")
+    _log_to_console()
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path("~/.cache/cxa_jax/xla").expanduser()))
+    from cxa_jax.errors import UserError  # after the flags: --help should not wait for jax
+
+    config = CONFIG.value
+    workdir = WORKDIR.value or str(pathlib.Path("runs") / config.name)
+    try:
+        if MODE.value == "prepare":
+            from cxa_jax.data import chestxray14
+
+            chestxray14.prepare(config.data)
+        elif MODE.value == "evaluate":
+            from cxa_jax.outputs import evaluate
+
+            evaluate(config, workdir)
+        else:
+            from cxa_jax.train import train_and_evaluate
+
+            train_and_evaluate(config, workdir)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parse, and turn what a wrong flag, field or config file raises into one message."""
+    try:
+        rest = flags.FLAGS(argv)
+        if CONFIG.value is None or not CONFIG.value.name:  # a config file that failed to load fails here
+            sys.exit("error: --config is required, such as --config=configs/dense121.py")
+        return rest
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        lines = [line.strip() for line in str(error).replace("\\n", "\n").splitlines() if line.strip()]
+        # ml_collections quotes a config file's whole traceback: its last line is what went wrong.
+        shown = lines if "Traceback" not in str(error) else [lines[0], lines[-1]]
+        sys.exit("error: " + "\n  ".join(shown) + "\nSee launch.py --help, and configs/common.py for every field.")
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _log_to_console() -> None:
+    logger = logging.getLogger("cxa_jax")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(_ConsoleHandler())
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,79 @@
+"""The Keras applications as references: built fast, with random weights and statistics. Import before keras."""
+
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+from unittest import mock
+
+import jax
+import keras
+import numpy as np
+from keras.src.applications.densenet import DenseNet
+from keras.src.applications.resnet import ResNet, stack_residual_blocks_v1
+from keras.src.initializers.random_initializers import VarianceScaling
+
+ANY_SIZE = {"include_top": False, "weights": None, "input_shape": (None, None, 3)}
+APPLICATIONS = {
+    "densenet121": keras.applications.DenseNet121,
+    "densenet201": keras.applications.DenseNet201,
+    "resnet50": keras.applications.ResNet50,
+    "inception_resnet_v2": keras.applications.InceptionResNetV2,
+}
+
+
+def create_application(backbone, rng, **arguments):
+    """Build the full Keras network of `backbone`, randomised."""
+    return _create(APPLICATIONS[backbone], rng, **ANY_SIZE | arguments)
+
+
+def create_small_densenet(num_layers, rng):
+    return _create(DenseNet, rng, blocks=list(num_layers), **ANY_SIZE)
+
+
+def create_small_resnet(num_blocks, rng):
+    def stages(x):
+        for i, n in enumerate(num_blocks):
+            x = stack_residual_blocks_v1(x, 64 * 2**i, n, stride1=2 if i else 1, name=f"conv{i + 2}")
+        return x
+
+    return _create(ResNet, rng, stack_fn=stages, preact=False, use_bias=True, **ANY_SIZE)
+
+
+def _create(application, rng, **arguments):
+    # Keras draws kernels by jax.random, one compilation for each shape; numpy draws them in a fraction of the time.
+    def draw(self, shape, dtype=None):
+        return rng.normal(0, np.sqrt(2 / np.prod(shape[:-1])), shape).astype(np.float32)
+
+    with mock.patch.object(VarianceScaling, "__call__", draw):
+        model = application(**arguments)
+    for variable in model.variables:
+        role = variable.path.split("/")[-1]
+        if role in ("gamma", "moving_variance"):
+            variable.assign(rng.uniform(0.5, 1.5, variable.shape).astype(np.float32))
+        elif role != "kernel":
+            variable.assign(rng.normal(0, 0.1, variable.shape).astype(np.float32))
+    return model
+
+
+def infer(model, images):
+    """Apply the model with its running statistics."""
+    apply = jax.jit(lambda weights, x: model.stateless_call(*weights, x, training=False)[0])
+    return np.asarray(apply(values(model), images))
+
+
+def values(model):
+    return [v.value for v in model.trainable_variables], [v.value for v in model.non_trainable_variables]
+
+
+def train_outputs(model, images, cotangents):
+    """Return features, new statistics {path: array} and gradients {path: array} of sum(features * cotangents)."""
+
+    def loss(trainable, fixed, x):
+        features, fixed = model.stateless_call(trainable, fixed, x, training=True)
+        return (features * cotangents).sum(), (features, fixed)
+
+    gradients, (features, fixed) = jax.jit(jax.grad(loss, has_aux=True))(*values(model), images)
+    names = [v.path for v in model.trainable_variables]
+    statistics = dict(zip([v.path for v in model.non_trainable_variables], fixed, strict=True))
+    return features, statistics, dict(zip(names, gradients, strict=True))

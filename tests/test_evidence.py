@@ -1,0 +1,180 @@
+"""Evidence maps: their sums, their signs, and what they become for simple heads."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cxa_jax.evidence import class_activation_map, complete_evidence, grad_cam, linearized_evidence
+from cxa_jax.pooling import POOLINGS, gwap, pool
+
+B, H, W, C = 3, 4, 5, 6
+COMPLETE = sorted(set(POOLINGS) - {"lse", "gem"})
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def draw(seed):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.normal(size=(B, H, W, C))), jnp.asarray(rng.normal(scale=3, size=(B, H, W, 1))), rng
+
+
+def make_mlp(rng, activation=jax.nn.elu):
+    """Return a head as in Table 3, dense 128 (here 16) ELU and dense 1, with random parameters."""
+    hidden, bias, out = (jnp.asarray(rng.normal(size=size)) for size in ((C, 16), (1, 16), (16, 1)))
+    return lambda pooled: (activation(pooled @ hidden + bias) @ out)[:, 0] + 0.3
+
+
+def head_gradient(head, pooled):
+    return jax.grad(lambda f: jnp.sum(head(f)))(pooled)
+
+
+@pytest.mark.parametrize("name", sorted(POOLINGS))
+def test_linearized_evidence_sums_to_the_linear_part(x64, name):
+    features, logits, rng = draw(0)
+    features = jnp.abs(features)  # the domain of gem
+    pooled, p = POOLINGS[name](features, logits)
+    head = make_mlp(rng)
+    evidence = linearized_evidence(head, features, p, pooled)
+    assert evidence.shape == (B, H, W)
+    average = jnp.sum(p * features, axis=(1, 2))  # f itself, save for lse
+    expected = jnp.sum(head_gradient(head, pooled) * average, axis=1)
+    np.testing.assert_allclose(jnp.sum(evidence, axis=(1, 2)), expected, rtol=1e-11)
+    if name != "lse":
+        np.testing.assert_allclose(linearized_evidence(head, features, p), evidence, rtol=1e-8, atol=1e-10)
+
+
+def test_linearized_evidence_is_the_derivative_with_respect_to_the_strength_of_a_cell(x64):
+    features, logits, rng = draw(1)
+    p = POOLINGS["amm"](features, logits)[1]
+    head = make_mlp(rng)
+    strength = jnp.ones((B, H, W, 1))
+    expected = jax.grad(lambda s: jnp.sum(head(pool(s * features, p))))(strength)
+    np.testing.assert_allclose(linearized_evidence(head, features, p), expected[..., 0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_complete_evidence_sums_to_the_difference_of_logits(x64, name):
+    features, logits, rng = draw(2)
+    pooled, p = POOLINGS[name](features, logits)
+    baseline = jnp.asarray(rng.normal(size=(B, C)))
+
+    def head(f):  # a polynomial of degree 5: 16 points integrate its gradient without error
+        return jnp.sum(f, axis=1) ** 5 + f[:, 0] * f[:, 1] ** 2 - f[:, 2]
+
+    evidence = complete_evidence(head, features, p, baseline)
+    np.testing.assert_allclose(jnp.sum(evidence, axis=(1, 2)), head(pooled) - head(baseline), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["amm", "gap", "gmp"])
+def test_complete_evidence_of_the_head_of_the_paper(name):
+    with jax.enable_x64(True):
+        features, logits, rng = draw(3)
+        head64, baseline = make_mlp(rng), jnp.zeros((1, C))
+        pooled, p = POOLINGS[name](features, logits)
+        evidence = complete_evidence(head64, features, p, baseline)
+        np.testing.assert_allclose(
+            jnp.sum(evidence, axis=(1, 2)), head64(pooled) - head64(jnp.zeros((B, C))), rtol=1e-3, atol=1e-2
+        )
+        one_row = complete_evidence(head64, features[:1], p[:1], baseline)
+        np.testing.assert_allclose(one_row, evidence[:1], rtol=1e-10, atol=1e-12)
+
+
+def test_gem_is_complete_from_zero_and_lse_is_not(x64):
+    features, _, _ = draw(4)
+    features = jnp.abs(features)
+    totals = {}
+    for name in ("gem", "lse"):
+        pooled, p = POOLINGS[name](features, None)
+        totals[name] = jnp.sum(complete_evidence(lambda f: jnp.sum(f, axis=1) ** 2, features, p, jnp.zeros((1, C))))
+        totals[name] -= jnp.sum(jnp.sum(pooled, axis=1) ** 2)
+    assert abs(totals["gem"]) < 1e-9 and abs(totals["lse"]) > 1
+
+
+def test_a_linear_head_gives_the_class_activation_map(x64):
+    features, logits, rng = draw(5)
+    kernel = jnp.asarray(rng.normal(size=C))
+    cam = class_activation_map(features, kernel)
+    np.testing.assert_allclose(cam, np.asarray(features) @ np.asarray(kernel), rtol=1e-12, atol=1e-12)
+
+    def head(f):
+        return f @ kernel + 0.7
+
+    average, p = POOLINGS["gap"](features, None)
+    np.testing.assert_allclose(jnp.mean(cam, axis=(1, 2)) + 0.7, head(average), rtol=1e-12)
+    np.testing.assert_allclose(linearized_evidence(head, features, p), cam / (H * W), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(
+        complete_evidence(head, features, p, jnp.zeros((1, C))), cam / (H * W), rtol=1e-12, atol=1e-12
+    )
+    attended = POOLINGS["amm"](features, logits)[1]
+    np.testing.assert_allclose(
+        linearized_evidence(head, features, attended), attended[..., 0] * cam, rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("name", ["amm", "gap"])
+def test_the_sign_says_what_a_cell_does_to_the_logit(x64, name):
+    features, logits, rng = draw(6)
+    head, baseline = make_mlp(rng, jnp.tanh), jnp.zeros((1, C))
+    features = features.at[:, 1, 2].set(4 * head_gradient(head, jnp.zeros((B, C))))  # this cell pushes the logit up
+    features = features.at[:, 2, 3].set(-features[:, 1, 2])  # and this one down
+    p = POOLINGS[name](features, logits)[1]
+    for evidence in (
+        linearized_evidence(lambda f: head(0.01 * f), features, p),
+        complete_evidence(lambda f: head(0.01 * f), features, p, baseline),
+    ):
+        assert (evidence[:, 1, 2] > 0).all() and (evidence[:, 2, 3] < 0).all()
+    silenced = features.at[:, 1, 2].set(0.0)
+    assert (head(0.01 * pool(silenced, p)) < head(0.01 * pool(features, p))).all()
+
+
+def test_grad_cam_drops_the_attention(x64):
+    features, logits, rng = draw(7)
+    head = make_mlp(rng)
+    pooled, p = POOLINGS["amm"](features, logits)
+    cam = grad_cam(lambda features: head(pool(features, p)), features, rectify=False)
+    expected = jnp.sum(features * head_gradient(head, pooled)[:, None, None, :], axis=3) / (H * W)
+    np.testing.assert_allclose(cam, expected, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(p[..., 0] * cam * (H * W), linearized_evidence(head, features, p), rtol=1e-9, atol=1e-12)
+    rectified = grad_cam(lambda features: head(pool(features, p)), features)
+    np.testing.assert_allclose(rectified, np.maximum(cam, 0))
+
+
+def test_grad_cam_through_the_attention_branch_is_the_textbook_formula(x64):
+    features, _, rng = draw(8)
+    head, kernel = make_mlp(rng), jnp.asarray(rng.normal(size=(C, 1)))
+
+    def feature_head(features):
+        return head(gwap(features, features @ kernel))
+
+    gradient = jax.jacrev(feature_head)(features)[np.arange(B), np.arange(B)]
+    expected = np.maximum(np.einsum("bhwk,bk->bhw", features, np.mean(gradient, axis=(1, 2))), 0)
+    np.testing.assert_allclose(grad_cam(feature_head, features), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_masked_cells_have_no_evidence(x64):
+    features, logits, rng = draw(9)
+    mask = jnp.ones((B, H, W), bool).at[:, 0].set(False)
+    p = POOLINGS["amm"](features, logits, mask=mask)[1]
+    assert not complete_evidence(make_mlp(rng), features, p, jnp.zeros((1, C)))[:, 0].any()
+
+
+def test_float32_inside_and_under_jit():
+    features, logits, rng = draw(10)
+    head = make_mlp(rng)
+    p = POOLINGS["amm"](features, logits)[1]
+    rounded = features.astype(jnp.bfloat16)
+    evidence = jax.jit(lambda x, p: complete_evidence(head, x, p, jnp.zeros((1, C))))(rounded, p)
+    assert evidence.dtype == jnp.float32
+    expected = complete_evidence(head, rounded.astype(jnp.float32), p, jnp.zeros((1, C)))
+    np.testing.assert_allclose(evidence, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_maps_of_several_classes_go_one_at_a_time():
+    features, _, rng = draw(11)
+    with pytest.raises(ValueError, match=r"one class's map at a time"):
+        linearized_evidence(make_mlp(rng), features, jnp.ones((B, H, W, 2)))

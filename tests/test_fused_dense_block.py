@@ -1,0 +1,215 @@
+"""The fused DenseNet is the plain one: variables, outputs, gradients, running statistics, and less memory."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cxa_jax.errors import UserError
+from cxa_jax.models.densenet import DenseNet
+from cxa_jax.models.fused_dense_block import LayerParams, dense_block
+from cxa_jax.models.fused_ops import Affine
+
+NUM_LAYERS = (2, 1)
+EPSILON = 1e-3
+
+
+def create(implementation, dtype=jnp.float32, remat=False, num_layers=NUM_LAYERS):
+    return DenseNet(num_layers, dtype=dtype, implementation=implementation, remat=remat)
+
+
+def random_variables(net, images, dtype):
+    """Variables far from their initial values, variances positive."""
+    rng = np.random.default_rng(0)
+    variables = jax.jit(net.init)(jax.random.key(1), images)
+    variables = jax.tree.map(lambda a: jnp.asarray(a + 0.3 * rng.normal(size=a.shape), dtype), variables)
+    return variables | {"batch_stats": jax.tree.map(jnp.abs, variables["batch_stats"])}
+
+
+def run(net, variables, images):
+    """Features, updated statistics, gradients in parameters and images; inference features and their gradient."""
+
+    def loss(params, images):
+        features, updated = net.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])
+        weights = jnp.cos(jnp.arange(features.size, dtype=jnp.float32)).reshape(features.shape)
+        return (features.astype(variables["params"]["norm"]["bias"].dtype) * weights).sum(), (features, updated)
+
+    gradients, (features, updated) = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(variables["params"], images)
+
+    @jax.jit
+    def infer(variables, images):
+        features, pull = jax.vjp(lambda x: net.apply(variables, x, train=False), images)
+        return features, pull(jnp.ones_like(features))
+
+    inference, saliency = infer(variables, images)
+    return {
+        "features": features,
+        "updated": updated,
+        "gradients": gradients,
+        "inference": inference,
+        "saliency": saliency,
+    }
+
+
+def relative_errors(got, expected):
+    def error(a, b):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        return np.abs(a - b).max() / max(np.abs(b).max(), 1e-6)
+
+    return jax.tree.map(error, got, expected)
+
+
+@pytest.mark.parametrize("implementation", ["plain", "fused"])
+def test_declares_the_variables_of_flax_layers(implementation):
+    shapes = jax.eval_shape(create(implementation).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    layer = shapes["params"]["block1"]["layer2"]
+    assert {k: {n: v.shape for n, v in layer[k].items()} for k in layer} == {
+        "norm1": {"scale": (96,), "bias": (96,)},
+        "conv1": {"kernel": (1, 1, 96, 128)},
+        "norm2": {"scale": (128,), "bias": (128,)},
+        "conv2": {"kernel": (3, 3, 128, 32)},
+    }
+    assert {v.shape for v in jax.tree.leaves(shapes["batch_stats"]["transition1"])} == {(128,)}
+
+
+def test_equals_plain_in_float64():
+    """One image of odd sides, so that every pool drops or pads a line; with and without kept bottlenecks."""
+    with jax.enable_x64(True):
+        images = jnp.asarray(np.random.default_rng(1).random((1, 45, 70, 3)))
+        variables = random_variables(create("plain"), images, jnp.float64)
+        expected = run(create("plain", jnp.float64), variables, images)
+        for remat in (False, True):
+            errors = relative_errors(run(create("fused", jnp.float64, remat), variables, images), expected)
+            assert max(jax.tree.leaves(errors)) < 1e-9
+
+
+@pytest.fixture(scope="module")
+def float32_case():
+    """Images, variables, and what the plain graph makes of them."""
+    images = jnp.asarray(np.random.default_rng(1).random((4, 64, 64, 3)), jnp.float32)
+    variables = random_variables(create("plain"), images, jnp.float32)
+    return images, variables, run(create("plain"), variables, images)
+
+
+def test_same_seed_gives_the_same_variables(float32_case):
+    images, variables, _ = float32_case
+    jax.tree.map(np.testing.assert_array_equal, random_variables(create("fused"), images, jnp.float32), variables)
+
+
+def test_equals_plain_in_float32(float32_case):
+    images, variables, expected = float32_case
+    errors = relative_errors(run(create("fused"), variables, images), expected)
+    assert max(jax.tree.leaves(errors)) < 1e-4
+
+
+def test_bfloat16_is_as_close_to_float32_as_the_plain_graph(float32_case):
+    images, variables, exact = float32_case
+
+    def distance(implementation):
+        result = run(create(implementation, jnp.bfloat16), variables, images)
+        assert result["features"].dtype == jnp.bfloat16
+        assert {g.dtype for g in jax.tree.leaves(result["gradients"])} == {jnp.dtype(jnp.float32)}
+        squares = jax.tree.map(
+            lambda a, b: np.square(np.asarray(a, np.float64) - np.asarray(b)).sum() / np.square(b).sum(), result, exact
+        )
+        return {name: np.sqrt(np.mean(jax.tree.leaves(tree))) for name, tree in squares.items()}
+
+    fused, plain = distance("fused"), distance("plain")
+    assert all(fused[name] < 1.5 * plain[name] + 1e-3 for name in plain), (fused, plain)
+
+
+def test_gradient_through_the_block_moments():
+    """What a reader of the block's moments sends back reaches x and every parameter: compare finite differences."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(2)
+        channels, bottleneck, growth = 3, 5, 2
+        normal = lambda *shape: jnp.asarray(rng.normal(size=shape))  # noqa: E731
+        layers = tuple(
+            LayerParams(
+                Affine(normal(c), normal(c)),
+                normal(1, 1, c, bottleneck),
+                Affine(normal(bottleneck), normal(bottleneck)),
+                normal(3, 3, bottleneck, growth),
+            )
+            for c in (channels, channels + growth)
+        )
+        point = (normal(2, 4, 5, channels), layers)
+
+        @jax.jit
+        def loss(x, layers):
+            _, moments, bottleneck_moments = dense_block(x, layers, EPSILON)
+            return sum(jnp.sin(leaf).sum() for leaf in jax.tree.leaves((moments, bottleneck_moments)))
+
+        direction = jax.tree.map(lambda a: normal(*a.shape), point)
+        gradient = jax.grad(loss, (0, 1))(*point)
+        slope = sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
+        ahead, behind = (loss(*jax.tree.map(lambda a, d, h=h: a + h * d, point, direction)) for h in (1e-6, -1e-6))
+        np.testing.assert_allclose(slope, (ahead - behind) / 2e-6, rtol=1e-5)
+
+
+def test_needs_less_memory_and_traffic_than_plain():
+    images = jax.ShapeDtypeStruct((4, 64, 64, 3), jnp.float32)
+
+    def cost(implementation):
+        net = create(implementation, num_layers=(6,))
+        variables = jax.eval_shape(net.init, jax.random.key(0), images)
+
+        def loss(params, batch_stats, images):
+            features, updated = net.apply(
+                {"params": params, "batch_stats": batch_stats}, images, train=True, mutable=["batch_stats"]
+            )
+            return jnp.square(features).mean(), updated
+
+        step = jax.jit(jax.grad(loss, has_aux=True))
+        compiled = step.lower(variables["params"], variables["batch_stats"], images).compile()
+        return compiled.memory_analysis().temp_size_in_bytes, compiled.cost_analysis()["bytes accessed"]
+
+    (memory, traffic), (plain_memory, plain_traffic) = cost("fused"), cost("plain")
+    assert memory < 0.6 * plain_memory
+    assert traffic < 0.7 * plain_traffic
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from cxa_jax.models.densenet import DenseNet
+net = DenseNet((1, 1), implementation="fused")
+images = jnp.asarray(np.random.default_rng(0).random((4, 32, 48, 3)), jnp.float32)
+variables = jax.jit(net.init)(jax.random.key(0), images)
+def loss(params, images):
+    features, updated = net.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])
+    return jnp.square(features - 0.3).mean(), updated
+step = jax.jit(jax.grad(loss, has_aux=True))
+single = step(variables["params"], images)
+mesh = Mesh(np.array(jax.devices()), ("data",))
+assert mesh.size == 2
+images = jax.device_put(images, NamedSharding(mesh, P("data")))
+params = jax.device_put(variables["params"], NamedSharding(mesh, P()))
+compiled = step.lower(params, images).compile()
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), compiled(params, images), single)
+text = compiled.as_text()
+assert "all-reduce" in text
+assert not any(op in text for op in ("all-gather", "all-to-all", "collective-permute")), "images or features move"
+"""
+
+
+def test_sharded_batch_has_global_moments_and_moves_no_features():
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_unknown_implementation_is_named():
+    with pytest.raises(UserError, match="model.implementation is 'quick'"):
+        jax.eval_shape(create("quick").init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))

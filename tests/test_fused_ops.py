@@ -1,0 +1,117 @@
+"""The fused operations against Flax and lax: values and gradients in float64, odd sizes, ties, bfloat16."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cxa_jax.models import fused_ops as ops
+from cxa_jax.models.layers import max_pool_3x3
+
+EPSILON = 1e-3
+SIZES = [(1, 1), (2, 3), (5, 6), (8, 8), (7, 9)]
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def random_array(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(0.5, 1.5, shape))
+
+
+def assert_same_function(fast, reference, *args, tolerance=1e-11):
+    """Compare values, and gradients in every argument under one random cotangent for each output."""
+    value, pull = jax.vjp(jax.jit(fast), *args)
+    expected, expected_pull = jax.vjp(jax.jit(reference), *args)
+    rng = np.random.default_rng(7)
+    cotangent = jax.tree.map(lambda v: jnp.asarray(rng.normal(size=v.shape), v.dtype), expected)
+    for got, want in ((value, expected), (pull(cotangent), expected_pull(cotangent))):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), got, want)
+
+
+def convolve(x, kernel):
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_conv_1x1_is_the_convolution(size):
+    assert_same_function(ops.conv_1x1, convolve, random_array(2, *size, 6), random_array(1, 1, 6, 4, seed=1))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_conv_3x3_is_the_convolution(size):
+    assert_same_function(ops.conv_3x3, convolve, random_array(2, *size, 6), random_array(3, 3, 6, 4, seed=1))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_max_pool_is_flax_max_pool(size):
+    assert_same_function(ops.max_pool_3x3, max_pool_3x3, random_array(2, *size, 3))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_max_pool_breaks_ties_as_xla_does(size):
+    x = jnp.asarray(np.random.default_rng(3).integers(0, 2, (2, *size, 3)), jnp.float64)  # mostly ties
+    assert_same_function(ops.max_pool_3x3, max_pool_3x3, x)
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_avg_pool_is_flax_avg_pool(size):
+    assert_same_function(ops.avg_pool_2x2, lambda x: nn.avg_pool(x, (2, 2), (2, 2)), random_array(2, *size, 3))
+
+
+def reference_moments(x):
+    mean = x.mean((0, 1, 2))
+    return ops.Moments(mean, jnp.square(x - mean).mean((0, 1, 2)))
+
+
+def reference_normalize_relu(x, moments, affine):
+    return nn.relu((x - moments.mean) / jnp.sqrt(moments.var + EPSILON) * affine.scale + affine.bias)
+
+
+def random_norm(channels):
+    moments = ops.Moments(random_array(channels, seed=2), jnp.square(random_array(channels, seed=3)))
+    return moments, ops.Affine(random_array(channels, seed=4), random_array(channels, seed=5))
+
+
+def test_moments_are_mean_and_biased_variance():
+    assert_same_function(ops.compute_moments, reference_moments, random_array(2, 3, 5, 4))
+
+
+def test_moments_of_a_constant_channel_are_safe():
+    x = jnp.full((2, 8, 8, 3), 1000.1, jnp.float32)  # E[x^2] - E[x]^2 is rounding error of either sign
+    moments, pull = jax.vjp(ops.compute_moments, x)
+    assert (moments.var >= 0).all() and moments.var.dtype == jnp.float32
+    assert np.isfinite(pull(jax.tree.map(jnp.ones_like, moments))[0]).all()
+
+
+def test_normalize_relu_is_its_formula_in_all_three_arguments():
+    def fast(x, moments, affine):
+        return ops.normalize_relu(x, moments, affine, EPSILON)
+
+    assert_same_function(fast, reference_normalize_relu, random_array(2, 3, 5, 4), *random_norm(4))
+
+
+def test_folded_norm_is_the_norm():
+    x, (moments, affine) = random_array(2, 3, 5, 4), random_norm(4)
+    folded = ops.affine_relu(x, ops.fold_batch_norm(moments, affine, EPSILON))
+    np.testing.assert_allclose(folded, reference_normalize_relu(x, moments, affine), atol=1e-12)
+
+
+def test_bfloat16_keeps_moments_and_parameter_gradients_in_float32():
+    x = random_array(2, 4, 4, 8).astype(jnp.bfloat16)
+    affine = ops.Affine(jnp.ones(8, jnp.float32), jnp.zeros(8, jnp.float32))
+    kernels = [random_array(k, k, 8, 8, seed=k).astype(jnp.float32) for k in (1, 3)]
+
+    def loss(affine, kernels):
+        moments = ops.compute_moments(x)
+        assert moments.mean.dtype == moments.var.dtype == jnp.float32
+        y = ops.conv_3x3(ops.conv_1x1(ops.normalize_relu(x, moments, affine, EPSILON), kernels[0]), kernels[1])
+        assert y.dtype == jnp.bfloat16
+        return y.astype(jnp.float32).sum()
+
+    gradients = jax.grad(loss, (0, 1))(affine, kernels)
+    assert {g.dtype for g in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.float32)}

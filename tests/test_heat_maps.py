@@ -1,0 +1,99 @@
+"""From map to boxes: registration of cells, scaling, threshold rules, components."""
+
+import cv2
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from cxa_jax import heat_maps
+from cxa_jax.errors import UserError
+
+# (offset, cells) of DenseNet, ResNet-50 and Inception-ResNet-v2 at 224 px, stride 32.
+GRIDS = [(14, 7), (0, 7), (37, 5)]
+
+
+@pytest.mark.parametrize(("offset", "num_cells"), GRIDS)
+def test_a_blob_in_a_cell_lands_on_its_pixel(offset: int, num_cells: int):
+    rng = np.random.default_rng(offset)
+    for _ in range(5):
+        row, column = rng.integers(1, num_cells - 1, 2)  # inside: the blob is whole
+        cells = np.zeros((num_cells, num_cells))
+        cells[row, column] = 1
+        image = heat_maps.upsample_maps(cells, 224, 32, offset)
+        assert np.unravel_index(image.argmax(), image.shape) == (offset + 32 * row, offset + 32 * column)
+        assert ndimage.center_of_mass(image) == pytest.approx((offset + 32 * row, offset + 32 * column), abs=1e-9)
+        x, y, w, h = heat_maps.detect_boxes(image, "half_max")[0]
+        assert (x + (w - 1) / 2, y + (h - 1) / 2) == (offset + 32 * column, offset + 32 * row)
+        assert abs(w - 33) <= 1 and w == h
+
+
+@pytest.mark.parametrize(("offset", "num_cells"), GRIDS)
+def test_upsampling_reads_the_map_at_pixel_minus_offset_over_stride(offset: int, num_cells: int):
+    cells = np.random.default_rng(1).normal(size=(3, num_cells, num_cells + 2))
+    image = heat_maps.upsample_maps(cells, (224, 300), 32, offset)
+    grid = np.meshgrid((np.arange(224) - offset) / 32, (np.arange(300) - offset) / 32, indexing="ij")
+    for values, source in zip(image, cells, strict=True):
+        expected = ndimage.map_coordinates(source, grid, order=1, mode="nearest")
+        assert values == pytest.approx(expected, abs=1e-12)
+
+
+def test_one_cell_is_constant_and_a_naive_resize_is_elsewhere():
+    assert np.all(heat_maps.upsample_maps([[0.3]], 50, 32, 37) == 0.3)
+    cells = np.zeros((5, 5))
+    cells[3, 3] = 1
+    aligned = heat_maps.upsample_maps(cells, 224, 32, 37)
+    naive = cv2.resize(cells, (224, 224), interpolation=cv2.INTER_LINEAR)
+    assert ndimage.center_of_mass(naive)[0] - ndimage.center_of_mass(aligned)[0] > 20  # px of 224
+
+
+def test_scalings():
+    values = np.array([[-1.0, 0.0], [1.0, 3.0]])
+    assert heat_maps.scale_map(values, "min_max").tolist() == [[0, 0.25], [0.5, 1]]
+    assert heat_maps.scale_map(values, "positive") == pytest.approx(np.array([[0, 0], [1 / 3, 1]]))
+    faint = np.array([[0.1, 0.2]])
+    assert np.array_equal(heat_maps.scale_map(faint, "unit"), faint)
+    for scaling in ("min_max", "positive"):
+        assert not heat_maps.scale_map(np.full((2, 2), -0.5), scaling).any()
+    with pytest.raises(UserError, match=r"spans \[-1, 3\]"):
+        heat_maps.scale_map(values, "unit")
+    with pytest.raises(UserError, match="unknown scaling 'max'"):
+        heat_maps.scale_map(values, "max")
+
+
+def test_otsu_equals_opencv():
+    rng = np.random.default_rng(2)
+    for _ in range(20):
+        cells = rng.random((6, 6)) ** rng.uniform(0.3, 4)
+        levels = np.round(255 * heat_maps.scale_map(heat_maps.upsample_maps(cells, 160, 32, 0), "min_max"))
+        expected, mask = cv2.threshold(levels.astype(np.uint8), 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
+        assert heat_maps.compute_otsu_level(levels.astype(np.uint8)) == expected
+        assert np.array_equal(heat_maps.threshold_map(levels / 255, "otsu")[0], mask > 0)
+
+
+def test_threshold_rules():
+    values = np.array([[0.0, 0.2, 0.3, 0.6, 0.75]])
+    masks = {rule: heat_maps.threshold_map(values, rule) for rule in ("wang", "half_max", 0.25)}
+    assert [mask.sum() for mask in masks["wang"]] == [3, 1]  # 60 / 255 = .235, 180 / 255 = .706
+    assert masks["half_max"][0].sum() == 2 and masks[0.25][0].sum() == 3
+    for rule in ("mean", 1.5):
+        with pytest.raises(UserError, match="unknown threshold rule"):
+            heat_maps.threshold_map(values, rule)
+
+
+@pytest.mark.parametrize("rule", [*heat_maps.RULES, 0.3])
+def test_an_empty_map_has_no_box(rule: str | float):
+    assert heat_maps.detect_boxes(np.zeros((20, 20)), rule).shape == (0, 4)
+
+
+def test_components_are_eight_connected_and_sorted_by_pixels():
+    mask = np.zeros((20, 30), bool)
+    mask[2, 3] = mask[3, 4] = mask[4, 5] = True  # a diagonal is one component of 3 pixels
+    mask[10:12, 20:24] = True  # 8 pixels
+    mask[17, 0:9] = True  # 9 pixels
+    expected = [[0, 17, 9, 1], [20, 10, 4, 2], [3, 2, 3, 3]]
+    assert heat_maps.find_boxes(mask).tolist() == expected
+    count, labels, found, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    by_size = sorted(found[1:].tolist(), key=lambda row: -row[4])
+    assert heat_maps.find_boxes(mask).tolist() == [row[:4] for row in by_size]
+    assert heat_maps.detect_boxes(mask.astype(float), 0.5).tolist() == expected[:1]
+    assert len(heat_maps.detect_boxes(mask.astype(float), "wang")) == 6

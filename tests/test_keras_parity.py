@@ -1,0 +1,159 @@
+"""The backbones against the Keras applications: same weights through files, same features, statistics, gradients."""
+
+import keras_reference as reference  # first: it chooses Keras' backend
+
+# isort: split
+import jax
+import numpy as np
+import pytest
+
+from cxa_jax.models.backbones import BACKBONES
+from cxa_jax.models.densenet import DenseNet
+from cxa_jax.models.keras_import import PLACES, load_keras_weights, load_variables
+from cxa_jax.models.keras_layout import NORM, canonical_names, keras_layers
+from cxa_jax.models.resnet import ResNet
+
+SMALLEST = {"densenet121": 64, "densenet201": 64, "resnet50": 64, "inception_resnet_v2": 75}
+RELATIVE_TO_SCALE = 1e-5
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    """Return a function backbone -> (Keras model, our variables), through both file layouts; each built once."""
+    made = {}
+
+    def get(backbone):
+        if backbone not in made:
+            folder = tmp_path_factory.mktemp(backbone)
+            model = reference.create_application(backbone, np.random.default_rng(1))
+            model.save_weights(folder / "new.weights.h5")
+            model.save(folder / "groups.h5")
+            new = load_keras_weights(backbone, folder / "new.weights.h5")
+            jax.tree.map(np.testing.assert_array_equal, new, load_keras_weights(backbone, folder / "groups.h5"))
+            made[backbone] = model, new
+        return made[backbone]
+
+    return get
+
+
+def assert_same_features(ours, theirs):
+    assert ours.shape == theirs.shape
+    assert np.abs(ours - theirs).max() <= RELATIVE_TO_SCALE * np.abs(theirs).max()
+
+
+def random_images(seed, *shape):
+    return np.random.default_rng(seed).uniform(0, 1, (*shape, 3)).astype(np.float32)
+
+
+def check_inference(written, backbone, height, width):
+    model, variables = written(backbone)
+    images = random_images(2, 1, height, width)
+    ours = jax.jit(BACKBONES[backbone]().apply)(variables, images)
+    assert_same_features(np.asarray(ours), reference.infer(model, images))
+
+
+@pytest.mark.parametrize("backbone", ["densenet121", "resnet50", "inception_resnet_v2"])
+def test_features_small(written, backbone):
+    check_inference(written, backbone, SMALLEST[backbone], SMALLEST[backbone] + 22)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [224, 193])
+@pytest.mark.parametrize("backbone", SMALLEST)
+def test_features(written, backbone, size):
+    check_inference(written, backbone, size, size)
+
+
+@pytest.mark.parametrize("backbone", SMALLEST)
+def test_layers_stand_in_keras_order(written, backbone):
+    if backbone == "densenet201":  # one class with DenseNet-121, and too long to build here; test_features has it
+        names = [layer.name for layer in keras_layers(BACKBONES[backbone]())]
+        assert len(names) == len(set(names)) == 2 * 200 + 1
+        return
+    model, _ = written(backbone)
+    keras_names = canonical_names([layer.name for layer in model.layers if layer.weights])
+    ours = keras_layers(BACKBONES[backbone]())
+    for kind in {layer.kind for layer in ours}:
+        expected = [layer.name for layer in ours if layer.kind == kind]
+        assert [name for name in keras_names if name in expected] == expected
+    assert len(keras_names) == len(ours)
+
+
+def check_training(module, model, variables, images, *, statistics_tolerance, gradient_tolerance):
+    """Compare training mode: features and statistics to their scale, each gradient to its norm."""
+    features = jax.eval_shape(module.apply, variables, images)
+    cotangents = np.random.default_rng(3).normal(size=features.shape).astype(images.dtype)
+
+    def loss(params, batch_stats, x):
+        out, new = module.apply({"params": params, "batch_stats": batch_stats}, x, train=True, mutable=["batch_stats"])
+        return (out * cotangents).sum(), (out, new["batch_stats"])
+
+    step = jax.jit(jax.grad(loss, has_aux=True))
+    ours, (out, batch_stats) = step(variables["params"], variables["batch_stats"], images)
+    theirs_out, statistics, gradients = reference.train_outputs(model, images, cotangents)
+    assert np.abs(out - theirs_out).max() <= statistics_tolerance * np.abs(theirs_out).max()
+    theirs = by_canonical_name(statistics | gradients)
+    assert len(theirs) == len(jax.tree.leaves((ours, batch_stats)))
+    largest = max(np.linalg.norm(g) for g in jax.tree.leaves(ours))
+    for name, value in our_arrays(module, {"params": ours, "batch_stats": batch_stats}).items():
+        error, scale = np.linalg.norm(value - theirs[name]), np.linalg.norm(theirs[name])
+        if "moving" in name:
+            assert error <= statistics_tolerance * scale, name
+        elif name.endswith("_conv/bias") and not name.startswith("block"):
+            assert max(scale, np.linalg.norm(value)) <= gradient_tolerance * largest, name  # the norm takes it out: 0
+        else:
+            assert error <= gradient_tolerance * scale, name
+
+
+def by_canonical_name(arrays):
+    layers = list(dict.fromkeys(path.split("/")[0] for path in arrays))
+    names = dict(zip(layers, canonical_names(layers), strict=True))
+    return {f"{names[path.split('/')[0]]}/{path.split('/')[1]}": np.asarray(value) for path, value in arrays.items()}
+
+
+def our_arrays(module, tree):
+    """Name the arrays of our tree as Keras does: 'conv1_conv/kernel'."""
+    arrays = {}
+    for layer in keras_layers(module):
+        for role, (top, leaf) in PLACES[layer.kind].items():
+            node = tree[top]
+            for key in layer.path:
+                node = node.get(key, {})
+            if leaf in node:
+                arrays[f"{layer.name}/{role}"] = np.asarray(node[leaf])
+    assert sum(layer.kind == NORM for layer in keras_layers(module)) * 2 == len(jax.tree.leaves(tree["batch_stats"]))
+    return arrays
+
+
+SMALL = {
+    "densenet": (DenseNet((1, 2, 1, 1)), lambda rng: reference.create_small_densenet((1, 2, 1, 1), rng)),
+    "resnet": (ResNet((2, 1, 1)), lambda rng: reference.create_small_resnet((2, 1, 1), rng)),
+}
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_training_in_float64(family, tmp_path):
+    # Few blocks but Keras' own code, in double precision: what is left is the formula, not rounding.
+    with jax.enable_x64(True):
+        reference.keras.config.set_floatx("float64")
+        try:
+            module, create = SMALL[family]
+            model = create(np.random.default_rng(4))
+        finally:
+            reference.keras.config.set_floatx("float32")
+        model.save_weights(tmp_path / "small.weights.h5")
+        variables = load_variables(module, tmp_path / "small.weights.h5", family)
+        variables = jax.tree.map(np.float64, variables)
+        module = module.clone(dtype=np.float64)
+        images = random_images(5, 3, 96, 65).astype(np.float64)
+        check_training(module, model, variables, images, statistics_tolerance=1e-10, gradient_tolerance=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", SMALLEST)
+def test_training(written, backbone):
+    model, variables = written(backbone)
+    images = random_images(6, 4, 128, 128)
+    check_training(
+        BACKBONES[backbone](), model, variables, images, statistics_tolerance=1e-3, gradient_tolerance=1e-3
+    )

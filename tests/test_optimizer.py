@@ -1,0 +1,145 @@
+"""The two per-epoch rules against Keras' callbacks, and SGD against the formula."""
+
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cxa_jax.optimizer import (
+    EarlyStopRule,
+    EarlyStopState,
+    PlateauRule,
+    PlateauState,
+    create_optimizer,
+    is_best,
+    update_early_stop,
+    update_plateau,
+)
+
+keras = pytest.importorskip("keras", reason="Keras is a test requirement")
+
+
+# Keras starts from best = None and lets a first NaN become the best for ever; from infinity, NaN never improves.
+# Starting its callbacks there is the one deviation; without a first NaN the two starts are the same.
+START = float("inf")
+
+
+class FakeOptimizer:
+    learning_rate = 1.0
+
+
+class FakeModel:
+    """As much of a Keras model as the callbacks touch."""
+
+    def __init__(self):
+        self.optimizer = FakeOptimizer()
+        self.stop_training = False
+        self.saved = []
+
+    def save_weights(self, path, overwrite=True):
+        self.saved.append(path)
+
+
+def draw_losses(seed: int) -> np.ndarray:
+    """A falling, noisy loss with ties, near-ties about min_delta, and NaNs, the first epoch's included."""
+    rng = np.random.default_rng(seed)
+    losses = np.exp(-np.arange(200) / rng.uniform(5, 80)) + rng.normal(0, rng.choice([1e-4, 0.05]), 200)
+    losses = np.round(losses, rng.choice([2, 4, 6]))
+    losses[rng.random(200) < rng.choice([0, 0.1])] = np.nan
+    if seed % 5 == 0:
+        losses[0] = np.nan
+    return losses
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_plateau_equals_keras(seed):
+    losses, patience = draw_losses(seed), int(np.random.default_rng(seed).integers(1, 20))
+    model, scales = FakeModel(), []
+    callback = keras.callbacks.ReduceLROnPlateau("val_loss", factor=0.3, patience=patience, min_delta=1e-4, min_lr=0)
+    callback.set_model(model)
+    callback.on_train_begin()
+    callback.best = START
+    state, rule = PlateauState(), PlateauRule(0.3, patience, 1e-4)
+    for epoch, loss in enumerate(losses):
+        callback.on_epoch_end(epoch, {"val_loss": loss})
+        scales.append(float(np.asarray(model.optimizer.learning_rate)))
+        state = update_plateau(rule, state, float(loss))
+        assert state.scale == pytest.approx(scales[-1], rel=1e-6), epoch
+    assert min(scales) < 1 or patience > 3
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_early_stop_equals_keras(seed):
+    losses, patience = draw_losses(seed), int(np.random.default_rng(seed).integers(2, 40))
+    model = FakeModel()
+    callback = keras.callbacks.EarlyStopping("val_loss", patience=patience, min_delta=0)
+    callback.set_model(model)
+    callback.on_train_begin()
+    callback.best = START
+    state, rule = EarlyStopState(), EarlyStopRule(patience, 0.0)
+    for epoch, loss in enumerate(losses):
+        callback.on_epoch_end(epoch, {"val_loss": loss})
+        state = update_early_stop(rule, state, float(loss))
+        assert state.stop == model.stop_training, epoch
+        if state.stop:
+            break
+
+
+def test_early_stop_counts_a_first_nan_as_no_improvement():
+    rule, state = EarlyStopRule(3, 0.0), EarlyStopState()
+    for loss, stop in ((np.nan, False), (0.5, False), (0.6, False), (0.7, False), (0.8, True)):
+        state = update_early_stop(rule, state, loss)
+        assert state.stop == stop
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_best_checkpoint_equals_keras(seed, tmp_path):
+    losses, model = draw_losses(seed), FakeModel()
+    callback = keras.callbacks.ModelCheckpoint(
+        str(tmp_path / "{epoch}.weights.h5"), monitor="val_loss", save_best_only=True, save_weights_only=True
+    )
+    callback.set_model(model)
+    callback.best = START
+    best, saved = np.inf, []
+    for epoch, loss in enumerate(losses):
+        callback.on_epoch_end(epoch, {"val_loss": loss})
+        if is_best(loss, best):
+            best = loss
+            saved.append(str(tmp_path / f"{epoch + 1}.weights.h5"))
+    assert saved == model.saved
+    assert saved[-1].endswith(f"{np.nanargmin(losses) + 1}.weights.h5")  # the first of ties
+
+
+def test_cuts_and_stop_fall_where_the_paper_has_them():
+    """From best epoch b: the rate is cut at b + 15 and b + 30, the run ends at b + 40."""
+    plateau, early_stop = PlateauState(), EarlyStopState()
+    cuts, best = [], 7
+    for epoch in range(1, 100):
+        loss = 1 / epoch if epoch <= best else 1.0
+        scale = plateau.scale
+        plateau = update_plateau(PlateauRule(0.3, 15, 1e-4), plateau, loss)
+        early_stop = update_early_stop(EarlyStopRule(40, 0.0), early_stop, loss)
+        if plateau.scale < scale:
+            cuts.append(epoch)
+        if early_stop.stop:
+            break
+    assert cuts == [best + 15, best + 30]
+    assert epoch == best + 40
+
+
+def test_sgd_with_momentum_is_the_formula():
+    rng = np.random.default_rng(3)
+    gradients = rng.normal(size=(6, 5)).astype(np.float32)
+    tx = create_optimizer(0.1, 0.9)
+    params = jnp.zeros(5)
+    state, velocity, expected = tx.init(params), np.zeros(5), np.zeros(5)
+    for gradient in gradients:
+        updates, state = tx.update(jnp.asarray(gradient), state, params)
+        params = optax.apply_updates(params, updates)
+        velocity = 0.9 * velocity + gradient
+        expected = expected - 0.1 * velocity
+    np.testing.assert_allclose(params, expected, rtol=1e-5)

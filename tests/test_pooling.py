@@ -1,0 +1,300 @@
+"""The mathematics of docs/amm.md, statement by statement."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import expit, log_expit, logit, logsumexp, softmax
+
+from cxa_jax import pooling
+from cxa_jax.pooling import FEATURES_ONLY, POOLINGS
+
+B, H, W, C = 2, 4, 5, 3
+TOLERANCE = {"float64": {"rtol": 1e-12, "atol": 1e-12}, "float32": {"rtol": 1e-5, "atol": 1e-6}}
+TOLERANCE["bfloat16"] = TOLERANCE["float32"]  # rounded inputs, float32 arithmetic; 5e-3 from the unrounded ones
+DTYPES = pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+COMPILED = {
+    name: jax.jit(lambda x, name=name, **kw: POOLINGS[name](x, None, **kw)[0], static_argnames="fraction")
+    for name in FEATURES_ONLY
+}
+gap, gwap = jax.jit(pooling.gap), jax.jit(pooling.gwap)
+seeds = st.integers(0, 2**32 - 1)
+scales = st.sampled_from([0.3, 3.0, 30.0])
+few = settings(max_examples=5, deadline=None, database=None)
+
+
+def draw(seed, scale=3.0, dtype="float64", num_maps=1):
+    """Return features and attention logits in `dtype`, and the float64 numpy arrays that hold the same numbers."""
+    rng = np.random.default_rng(seed)
+    features = jnp.asarray(rng.normal(size=(B, H, W, C)), dtype)
+    logits = jnp.asarray(rng.normal(scale=scale, size=(B, H, W, num_maps)), dtype)
+    return features, logits, np.asarray(features, np.float64), np.asarray(logits, np.float64)
+
+
+def reference_gwap(features, logits):
+    attention = expit(logits[..., 0])
+    return np.einsum("bhwk,bhw->bk", features, attention) / attention.sum((1, 2))[:, None]
+
+
+def literal_graph(features, logits):
+    """Table 3, layer by layer: the frozen convolution of ones, the product, two global averages, their ratio."""
+    attention = jax.nn.sigmoid(logits)
+    ones = jnp.ones((1, 1, 1, features.shape[-1]), attention.dtype)
+    copied = jax.lax.conv_general_dilated(attention, ones, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jnp.mean(copied * features, axis=(1, 2)) / jnp.mean(copied, axis=(1, 2))
+
+
+# Eq. (9) and its stable form ----------------------------------------------------------------------------------------
+
+
+@DTYPES
+@few
+@given(seeds, scales)
+def test_gwap_is_equation_9(dtype, seed, scale):
+    with jax.enable_x64(True):
+        features, logits, features64, logits64 = draw(seed, scale, dtype)
+        pooled = gwap(features, logits)
+        assert pooled.dtype == (jnp.float64 if dtype == "float64" else jnp.float32)
+        np.testing.assert_allclose(pooled, reference_gwap(features64, logits64), **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@few
+@given(seeds)
+def test_gwap_is_the_literal_keras_graph(dtype, seed):
+    with jax.enable_x64(True):
+        features, logits, *_ = draw(seed, 3.0, dtype)
+        np.testing.assert_allclose(gwap(features, logits), literal_graph(features, logits), **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("dtype", "level"), [("float32", -90), ("bfloat16", -90), ("float16", -12)])
+def test_gwap_is_defined_where_the_plain_ratio_is_nan(dtype, level):
+    features = jnp.asarray(np.random.default_rng(0).normal(size=(B, H, W, C)), dtype)
+    logits = jnp.full((B, H, W, 1), level, dtype)
+    attention = 1 / (1 + jnp.exp(-logits))  # the sigmoid as its formula reads: exp overflows, so W rounds to zero
+    assert jnp.isnan(jnp.sum(attention * features, axis=(1, 2)) / jnp.sum(attention, axis=(1, 2))).all()
+    average = np.asarray(features, np.float64).mean((1, 2))
+    np.testing.assert_allclose(gwap(features, logits), average, rtol=1e-5, atol=1e-6)
+
+
+def test_an_epsilon_in_the_denominator_would_bias():
+    features, _, features64, _ = draw(1, dtype="float32")
+    attention = jax.nn.sigmoid(jnp.full((B, H, W, 1), -20.0))
+    biased = jnp.sum(attention * features, axis=(1, 2)) / (jnp.sum(attention, axis=(1, 2)) + 1e-7)
+    assert np.abs(biased / features64.mean((1, 2)) - 1).min() > 0.1
+
+
+# Invariances and bounds ---------------------------------------------------------------------------------------------
+
+
+@DTYPES
+@few
+@given(seeds, st.floats(-80, 80))
+def test_constant_attention_is_gap(dtype, seed, level):
+    with jax.enable_x64(True):
+        features, _, features64, _ = draw(seed, dtype=dtype)
+        pooled = gwap(features, jnp.full((B, H, W, 1), level, dtype))
+        np.testing.assert_allclose(pooled, features64.mean((1, 2)), **TOLERANCE[dtype])
+        np.testing.assert_allclose(gap(features), features64.mean((1, 2)), **TOLERANCE[dtype])
+
+
+@few
+@given(seeds, st.floats(1e-6, 1.0))
+def test_the_level_of_the_attention_cancels(seed, factor):
+    with jax.enable_x64(True):
+        features, logits, *_ = draw(seed)
+        scaled = jnp.asarray(logit(factor * expit(np.asarray(logits))))  # z of factor x W
+        np.testing.assert_allclose(gwap(features, scaled), gwap(features, logits), rtol=1e-9, atol=1e-9)
+
+
+@DTYPES
+@few
+@given(seeds, scales)
+def test_pooled_features_stay_in_the_hull_of_the_cells(dtype, seed, scale):
+    with jax.enable_x64(True):
+        features, logits, features64, _ = draw(seed, scale, dtype)
+        pooled, slack = np.asarray(gwap(features, logits), np.float64), TOLERANCE[dtype]["rtol"] * 4
+        assert (pooled >= features64.min((1, 2)) - slack).all() and (pooled <= features64.max((1, 2)) + slack).all()
+
+
+@few
+@given(seeds, st.floats(-5, 5), st.floats(-5, 5))
+def test_gwap_commutes_with_an_affine_map_of_each_channel(seed, scale, shift):
+    with jax.enable_x64(True):
+        features, logits, *_ = draw(seed)
+        mapped, expected = gwap(scale * features + shift, logits), scale * gwap(features, logits) + shift
+        np.testing.assert_allclose(mapped, expected, rtol=1e-12, atol=1e-12)
+
+
+def first_channel(logits, features):
+    return jnp.sum(pooling.gwap(features, logits)[:, 0])
+
+
+# Gradients ----------------------------------------------------------------------------------------------------------
+
+
+@few
+@given(seeds, scales)
+def test_gradient_with_respect_to_the_logits(seed, scale):
+    with jax.enable_x64(True):
+        features, logits, features64, logits64 = draw(seed, scale)
+        gradient = jax.jit(jax.grad(first_channel))(logits, features)[..., 0]
+        p = softmax(log_expit(logits64[..., 0]), axis=(1, 2))
+        offset = features64[..., 0] - reference_gwap(features64, logits64)[:, None, None, 0]
+        np.testing.assert_allclose(gradient, p * expit(-logits64[..., 0]) * offset, rtol=1e-12, atol=1e-12)
+        step = np.zeros_like(logits64)
+        step[1, 2, 3] = 1e-5
+        difference = reference_gwap(features64, logits64 + step) - reference_gwap(features64, logits64 - step)
+        np.testing.assert_allclose(gradient[1, 2, 3], difference[1, 0] / 2e-5, rtol=1e-5, atol=1e-9)
+
+
+@few
+@given(seeds)
+def test_gradient_with_respect_to_the_attention_is_orthogonal_to_it(seed):
+    with jax.enable_x64(True):
+        features, logits, features64, logits64 = draw(seed)
+        attention = jnp.asarray(expit(logits64))
+        gradient = jax.grad(lambda w: first_channel(jnp.log(w) - jnp.log1p(-w), features))(attention)
+        p = softmax(log_expit(logits64[..., 0]), axis=(1, 2))
+        offset = features64[..., 0] - reference_gwap(features64, logits64)[:, None, None, 0]
+        np.testing.assert_allclose(gradient[..., 0], p * offset / expit(logits64[..., 0]), rtol=1e-9, atol=1e-11)
+        np.testing.assert_allclose(jnp.sum(attention * gradient, axis=(1, 2)), 0, atol=1e-12)
+
+
+def test_saturated_cells_stop_learning():
+    features, logits, *_ = draw(3, dtype="float32")
+    logits = logits.at[:, 0, 0].set(40.0)
+    gradient = jax.jit(jax.grad(first_channel))(logits, features)
+    assert jnp.abs(gradient[:, 0, 0]).max() < 1e-15 < 1e-4 < jnp.abs(gradient[:, 1:]).max()
+
+
+# The family and its limits ------------------------------------------------------------------------------------------
+
+
+@few
+@given(seeds)
+def test_shifted_logits_go_from_gap_to_softmax_attention(seed):
+    with jax.enable_x64(True):
+        features, logits, features64, logits64 = draw(seed)
+        np.testing.assert_allclose(gwap(features, logits + 60), features64.mean((1, 2)), rtol=1e-12, atol=1e-12)
+        attended = np.einsum("bhwk,bhw->bk", features64, softmax(logits64[..., 0], axis=(1, 2)))
+        np.testing.assert_allclose(gwap(features, logits - 60), attended, rtol=1e-12, atol=1e-12)
+        for shift in (-60, 0, 60):
+            shifted = POOLINGS["softmax"](features, logits + shift)[0]
+            np.testing.assert_allclose(shifted, attended, rtol=1e-12, atol=1e-12)
+
+
+@few
+@given(seeds)
+def test_low_temperature_picks_the_strongest_cell(seed):
+    features, logits, features64, logits64 = draw(seed, 1.0, "float32")
+    strongest = logits64.reshape(B, -1).argmax(1)
+    picked = features64.reshape(B, -1, C)[np.arange(B), strongest]
+    logits = logits.reshape(B, -1, 1).at[np.arange(B), strongest].add(0.5).reshape(B, H, W, 1)  # no near ties
+    for name in ("amm", "softmax"):
+        np.testing.assert_allclose(POOLINGS[name](features, logits, temperature=1e-4)[0], picked, rtol=1e-5, atol=1e-6)
+
+
+@few
+@given(seeds)
+def test_feature_poolings_run_from_gap_to_gmp(seed):
+    features = jnp.abs(draw(seed, dtype="float32")[0]) + 0.1
+    x = np.sort(np.asarray(features, np.float64).reshape(B, -1, C), axis=1)
+    average, largest, largest_three = x.mean(1), x[:, -1], x[:, -3:].mean(1)
+    np.testing.assert_allclose(COMPILED["gmp"](features), largest, rtol=0)
+    np.testing.assert_allclose(COMPILED["gem"](features, temperature=3.0), average, rtol=1e-5)
+    np.testing.assert_allclose(COMPILED["gem"](features, temperature=1e-3), largest, rtol=2e-3)
+    np.testing.assert_allclose(COMPILED["lse"](features, temperature=1e3), average, rtol=0.02)
+    np.testing.assert_allclose(COMPILED["lse"](features, temperature=1e-3), largest, atol=1e-3)
+    np.testing.assert_allclose(COMPILED["topk"](features, fraction=1.0), average, rtol=1e-5)
+    np.testing.assert_allclose(COMPILED["topk"](features, fraction=1 / (H * W)), largest, rtol=0)
+    np.testing.assert_allclose(COMPILED["topk"](features, fraction=0.15), largest_three, rtol=1e-5)
+
+
+@few
+@given(seeds)
+def test_formulas_of_lse_and_gem(seed):
+    with jax.enable_x64(True):
+        features, _, x, _ = draw(seed)
+        pooled, p = jax.jit(POOLINGS["lse"])(features)
+        np.testing.assert_allclose(pooled, logsumexp(10 * x, axis=(1, 2), b=1 / (H * W)) / 10, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(p, softmax(10 * x, axis=(1, 2)), rtol=1e-11)
+        divergence = np.sum(p * np.log(p * H * W), axis=(1, 2))
+        np.testing.assert_allclose(pooled, np.sum(p * x, axis=(1, 2)) - divergence / 10, rtol=1e-11, atol=1e-12)
+        pooled, p = jax.jit(POOLINGS["gem"])(jnp.abs(features))
+        np.testing.assert_allclose(pooled, np.mean(np.abs(x) ** 3, axis=(1, 2)) ** (1 / 3), rtol=1e-9)
+        np.testing.assert_allclose(np.sum(p * np.abs(x), axis=(1, 2)), pooled, rtol=1e-9)
+        assert (np.sum(p, axis=(1, 2)) <= 1 + 1e-12).all()
+
+
+@few
+@given(seeds)
+def test_learnt_logits_of_gated_attention_and_pcam(seed):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(seed)
+        features, _, x, _ = draw(seed)
+        v, u, w, bias = rng.normal(size=(C, 6)), rng.normal(size=(C, 6)), rng.normal(size=(6, 1)), rng.normal(size=1)
+        gated = pooling.gated_attention_logits(features, jnp.asarray(v), jnp.asarray(u), jnp.asarray(w))
+        np.testing.assert_allclose(gated, (np.tanh(x @ v) * expit(x @ u)) @ w, rtol=1e-12, atol=1e-12)
+        logits = pooling.pcam_logits(features, jnp.asarray(v[:, :1]), jnp.asarray(bias))
+        pooled, p = POOLINGS["pcam"](features, logits)
+        image_logit = np.asarray(pooled) @ v[:, :1] + bias
+        np.testing.assert_allclose(image_logit, np.sum(p * logits, axis=(1, 2)), rtol=1e-11, atol=1e-11)
+        assert (image_logit >= np.mean(logits, axis=(1, 2)) - 1e-12).all()  # the pool leans towards its own evidence
+
+
+@few
+@given(seeds)
+def test_per_class_maps_pool_one_vector_each(seed):
+    features, logits, *_ = draw(seed, dtype="float32", num_maps=4)
+    pooled = gwap(features, logits)
+    assert pooled.shape == (B, 4, C)
+    for m in range(4):
+        np.testing.assert_allclose(pooled[:, m], gwap(features, logits[..., m : m + 1]), rtol=1e-5, atol=1e-6)
+
+
+# The 2x2 average pool of Table 3 ------------------------------------------------------------------------------------
+
+
+@few
+@given(seeds, st.sampled_from([(1, 1), (1, 4), (4, 5), (7, 7)]))
+def test_average_pool_leaves_padding_out_of_the_mean(seed, size):
+    x = np.random.default_rng(seed).normal(size=(B, *size, 2)).astype(np.float32)
+    expected = [[x[:, i : i + 2, j : j + 2].mean((1, 2)) for j in range(size[1])] for i in range(size[0])]
+    pooled = pooling.average_pool_2x2_same(jnp.asarray(x))
+    np.testing.assert_allclose(pooled, np.moveaxis(expected, 2, 0), rtol=1e-5, atol=1e-6)
+    from_flax = nn.avg_pool(jnp.asarray(x), (2, 2), (1, 1), "SAME", count_include_pad=False)
+    np.testing.assert_allclose(pooled, from_flax, rtol=1e-5, atol=1e-6)
+
+
+@few
+@given(seeds)
+def test_average_pool_commutes_with_a_1x1_convolution(seed):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(seed)
+        x, kernel = jnp.asarray(rng.normal(size=(B, H, W, 16))), jnp.asarray(rng.normal(size=(16, 1)))
+        pool = pooling.average_pool_2x2_same
+        np.testing.assert_allclose(pool(x) @ kernel + 0.7, pool(x @ kernel + 0.7), rtol=1e-12, atol=1e-12)
+
+
+def test_average_pool_moves_evidence_half_a_cell_up_and_left():
+    pooled = np.asarray(pooling.average_pool_2x2_same(jnp.zeros((1, 7, 7, 1)).at[0, 4, 2].set(1.0)))[0, :, :, 0]
+    assert pooled.sum() == 1
+    assert (pooled.sum(1) @ np.arange(7), pooled.sum(0) @ np.arange(7)) == (3.5, 1.5)
+
+
+def test_gwap_does_not_copy_its_weights_to_all_channels():
+    features, logits = jnp.ones((3, 7, 7, 11)), jnp.ones((3, 7, 7, 1))
+
+    def full_size_arithmetic(function):
+        lines = jax.jit(function).lower(features, logits).compile().as_text().splitlines()
+        shapes = [re.search(r"= f32\[([\d,]+)\]\S* ([\w-]+)\(", line) for line in lines]
+        return {m[2] for m in shapes if m and np.prod(np.array(m[1].split(","), int)) == features.size}
+
+    assert full_size_arithmetic(pooling.gwap) <= {"parameter", "bitcast", "copy", "reshape", "transpose"}
+    assert full_size_arithmetic(literal_graph) & {"multiply", "broadcast"}

@@ -1,0 +1,174 @@
+"""Bootstrap, paired tests and seeds: slow twins, calibration by simulation, determinism, speed."""
+
+import math
+import time
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn import metrics as sklearn_metrics
+
+from cxa_jax import statistics
+from cxa_jax.errors import UserError
+
+
+def _draw_clusters(
+    rng: np.random.Generator, num_patients: int = 120, effect: float = 1.0, separation: float = 1.2
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Draw patients with 1-5 images, one label and one common shift each: (labels, scores, patients, true AUROC)."""
+    sizes = rng.integers(1, 6, num_patients)
+    patients = np.repeat(np.arange(num_patients), sizes)
+    label_of_patient = (np.arange(num_patients) % 3 == 0).astype(int)
+    labels = label_of_patient[patients]
+    scores = separation * labels + effect * rng.normal(size=num_patients)[patients] + rng.normal(size=len(patients))
+    return labels, scores, patients, stats.norm.cdf(separation / math.sqrt(2 * (1 + effect**2)))
+
+
+def _images_drawn(weights: np.ndarray) -> np.ndarray:
+    return np.repeat(np.arange(len(weights)), weights.astype(int))
+
+
+def test_resamples_draw_whole_patients_as_many_as_there_are():
+    patients = np.array(["b", "a", "b", "c", "a", "a"])
+    weights = np.concatenate(list(statistics.resample_patients(patients, 6, 4000, 5)))
+    assert weights.shape == (4000, 6)
+    assert np.array_equal(weights[:, 0], weights[:, 2]) and np.array_equal(weights[:, 1], weights[:, 5])
+    assert np.all(weights[:, 0] + weights[:, 1] + weights[:, 3] == 3)
+    assert weights.mean(0) == pytest.approx(1, abs=0.06)
+
+
+def test_resamples_do_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch):
+    patients = np.arange(50) // 2
+    whole = np.concatenate(list(statistics.resample_patients(patients, 50, 37, 1)))
+    monkeypatch.setattr(statistics, "MAX_CELLS", 50 * 8)
+    chunks = list(statistics.resample_patients(patients, 50, 37, 1))
+    assert [len(chunk) for chunk in chunks] == [8, 8, 8, 8, 5]
+    assert np.array_equal(np.concatenate(chunks), whole)
+
+
+def test_weights_are_copies_of_images():
+    rng = np.random.default_rng(11)
+    labels = rng.integers(0, 2, 80)
+    scores = np.round(np.clip(rng.normal(0.4 + 0.2 * labels, 0.2), 0, 1), 1)  # many ties
+    weights = rng.integers(0, 4, (6, 80)).astype(float)
+    values = statistics.compute_weighted_statistics(labels, scores, weights, statistics.STATISTICS, 0.5)
+    for row, weight in enumerate(weights):
+        copies = _images_drawn(weight)
+        label, score, predicted = labels[copies], scores[copies], scores[copies] >= 0.5
+        expected = {
+            "auroc": sklearn_metrics.roc_auc_score(label, score),
+            "average_precision": sklearn_metrics.average_precision_score(label, score),
+            "brier_score": np.mean((label - score) ** 2),
+            "precision": sklearn_metrics.precision_score(label, predicted),
+            "f1_weighted": sklearn_metrics.f1_score(label, predicted, average="weighted"),
+            "specificity": np.mean(~predicted[label == 0]),
+        }
+        for name, value in expected.items():
+            assert values[name][row] == pytest.approx(value, abs=1e-12), name
+
+
+def test_a_resample_of_one_class_is_undefined_and_left_out():
+    weights = np.array([[1.0, 1, 0], [0, 0, 1], [1, 1, 1]])
+    values = statistics.compute_weighted_statistics([0, 0, 1], [0.1, 0.6, 0.4], weights, ("auroc", "average_precision"))
+    assert np.isnan(values["auroc"][:2]).all() and values["auroc"][2] == 0.5
+    assert np.isnan(values["average_precision"][0]) and values["average_precision"][1] == 1
+    interval = statistics.bootstrap_interval([0, 0, 1], [0.1, 0.6, 0.4], None, num_resamples=300)
+    assert 0 < interval.num_undefined < 300 and interval.estimate == 0.5 and interval.low <= 0.5 <= interval.high
+    nothing = statistics.bootstrap_interval([1, 1], [0.1, 0.6], None, num_resamples=20)
+    assert math.isnan(nothing.estimate) and math.isnan(nothing.low) and nothing.num_undefined == 20
+
+
+def test_the_interval_equals_a_loop_over_resampled_patients():
+    labels, scores, patients, _ = _draw_clusters(np.random.default_rng(2), 40)
+    interval = statistics.bootstrap_interval(labels, scores, patients, num_resamples=150, seed=4)
+    weights = np.concatenate(list(statistics.resample_patients(patients, len(labels), 150, 4)))
+    loop = [
+        sklearn_metrics.roc_auc_score(labels[copies], scores[copies]) for copies in map(_images_drawn, weights)
+    ]
+    n = 14  # every third of 40 patients is positive; Hesterberg's tails
+    tail = 100 * stats.norm.cdf(-np.sqrt(n / (n - 1)) * stats.t.ppf(0.975, n - 1))
+    assert tail < 2.5
+    assert (interval.low, interval.high) == pytest.approx(tuple(np.percentile(loop, [tail, 100 - tail])), abs=1e-12)
+    assert interval.estimate == pytest.approx(sklearn_metrics.roc_auc_score(labels, scores), abs=1e-12)
+    again = statistics.bootstrap_interval(labels, scores, patients, num_resamples=150, seed=np.random.default_rng(4))
+    assert again == interval
+
+
+def _coverage(num_simulations: int, num_resamples: int, clustered: bool, seed: int) -> float:
+    rng = np.random.default_rng(seed)
+    covered = 0
+    for _ in range(num_simulations):
+        labels, scores, patients, truth = _draw_clusters(rng)
+        interval = statistics.bootstrap_interval(
+            labels, scores, patients if clustered else None, num_resamples=num_resamples, seed=rng
+        )
+        covered += interval.low <= truth <= interval.high
+    return covered / num_simulations
+
+
+def test_coverage_of_the_clustered_interval_is_nominal_and_of_the_naive_one_is_not():
+    assert 0.92 <= _coverage(300, 200, clustered=True, seed=1) <= 0.98
+    assert _coverage(100, 200, clustered=False, seed=1) < 0.9
+
+
+@pytest.mark.slow
+def test_coverage_in_many_simulations():
+    assert 0.93 <= _coverage(2000, 600, clustered=True, seed=7) <= 0.965
+
+
+def test_two_thousand_resamples_of_the_whole_test_set_take_seconds():
+    rng = np.random.default_rng(0)
+    labels = (np.arange(10_930) < 1_069).astype(int)
+    patients = rng.integers(0, 2_600, 10_930)
+    start = time.process_time()  # not the wall: other work may share the machine
+    interval = statistics.bootstrap_interval(labels, rng.normal(labels * 1.7), patients, num_resamples=2000)
+    assert time.process_time() - start < 10
+    assert 0.86 < interval.low < interval.estimate < interval.high < 0.91 and interval.high - interval.low < 0.03
+
+
+def test_several_statistics_share_their_resamples_with_single_ones():
+    labels, scores, patients, _ = _draw_clusters(np.random.default_rng(5), 50)
+    names = ("auroc", "f1", "npv")
+    together = statistics.bootstrap_intervals(labels, scores, patients, names, threshold=0.3, num_resamples=99)
+    for name in names:
+        alone = statistics.bootstrap_interval(labels, scores, patients, name, threshold=0.3, num_resamples=99)
+        assert together[name] == alone
+
+
+def test_means_leave_out_undefined_values():
+    values = np.array([1.0, 3.0, np.nan, 5.0])
+    intervals = statistics.bootstrap_means({"a": values, "b": np.full(4, np.nan)}, [0, 0, 1, 2], num_resamples=200)
+    assert intervals["a"].estimate == 3.0 and intervals["a"].low >= 1 and intervals["a"].high <= 5
+    assert math.isnan(intervals["b"].estimate)
+    empty = statistics.bootstrap_means({"a": []}, [], num_resamples=5)
+    assert math.isnan(empty["a"].estimate)
+
+
+def test_seeds_are_combined_with_both_variances():
+    rng = np.random.default_rng(10)
+    labels, scores, patients, _ = _draw_clusters(rng, 100)
+    runs = scores + rng.normal(0, 1.5, (4, len(scores)))
+    summary = statistics.combine_seeds(labels, runs, patients, num_resamples=400)
+    values = [sklearn_metrics.roc_auc_score(labels, run) for run in runs]
+    assert summary.values == pytest.approx(values, abs=1e-12)
+    assert summary.mean == pytest.approx(np.mean(values)) and summary.sd == pytest.approx(np.std(values, ddof=1))
+    copies = statistics.combine_seeds(labels, np.stack([runs[0]] * 4), patients, num_resamples=400)
+    single = statistics.combine_seeds(labels, runs[0], patients, num_resamples=400)
+    assert copies.sd == pytest.approx(0) and math.isnan(single.sd)
+    assert copies.interval.low == pytest.approx(single.interval.low)  # four copies know no more than one run
+    percentile = statistics.bootstrap_interval(labels, runs[0], patients, num_resamples=400)
+    assert single.interval.low == pytest.approx(percentile.low, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patients": [1, 2]}, "one patient for each of 3 images"),
+        ({"patients": None, "num_resamples": 0}, "num_resamples is 0"),
+        ({"patients": None, "statistic": "auc"}, "unknown statistics auc; known are auroc"),
+        ({"patients": None, "level": 95}, "level is 95"),
+    ],
+)
+def test_bad_requests_are_named(options: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        statistics.bootstrap_interval([0, 1, 1], [0.1, 0.2, 0.3], **options)

@@ -1,0 +1,181 @@
+"""Whole runs of a tiny network: resume after real kills, NaN, one compilation, refusals, what is left behind."""
+
+import csv
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from cxa_jax import run as run_module
+from cxa_jax import train
+from cxa_jax.checkpointing import Checkpoints
+from cxa_jax.errors import UserError
+from cxa_jax.outputs import evaluate
+
+PROGRAM = pathlib.Path(tiny.__file__)
+
+
+@pytest.fixture(autouse=True)
+def tiny_data(monkeypatch):
+    monkeypatch.setattr(run_module, "load_dataset", lambda config: tiny.make_dataset())
+
+
+@pytest.fixture(scope="module")
+def compilation_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("xla")
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory, compilation_cache):
+    """A run that nobody cut, in a process of its own as the cut ones are."""
+    workdir = tmp_path_factory.mktemp("uncut")
+    assert run_program(workdir, compilation_cache).returncode == 0
+    return workdir
+
+
+def run_program(workdir, cache, *arguments, devices=1):
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    command = [sys.executable, str(PROGRAM), f"--workdir={workdir}", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def read_arrays(workdir, kind):
+    run = run_module.create_run(tiny.make_config())
+    with Checkpoints(workdir, kind) as checkpoints:
+        state, meta = checkpoints.restore(run.abstract_state)
+    return jax.device_get(state), meta
+
+
+def assert_same_run(a, b):
+    for kind in ("latest", "best"):
+        (state_a, meta_a), (state_b, meta_b) = read_arrays(a, kind), read_arrays(b, kind)
+        jax.tree.map(np.testing.assert_array_equal, state_a, state_b)
+        assert meta_a["progress"] == meta_b["progress"]
+    for name in ("metrics.csv", "predictions_dev.csv", "predictions_test.csv"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("kills", [(0,), (4, 1, 7), (16,)], ids=str)
+def test_killed_run_equals_uncut_run(uncut, tmp_path, compilation_cache, kills):
+    """18 steps in all, 6 an epoch; each number is how many steps a process survives."""
+    for kill in kills:
+        cut = run_program(tmp_path, compilation_cache, f"--kill_at_step={kill}", "--checkpoint_every_steps=2")
+        assert cut.returncode == -signal.SIGKILL, cut.stderr[-2000:]
+    ended = run_program(tmp_path, compilation_cache, "--checkpoint_every_steps=2")
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    if kills != (0,):
+        assert "resuming" in ended.stderr
+    assert_same_run(uncut, tmp_path)
+
+
+def test_run_on_eight_devices_ends_and_agrees(uncut, tmp_path, compilation_cache):
+    """The whole road sharded; test_sharding.py has the exact comparison of the steps."""
+    ended = run_program(tmp_path, compilation_cache, "--num_epochs=1", devices=8)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "devices: 8 x" in ended.stderr
+    one, eight = (next(csv.DictReader((folder / "metrics.csv").open())) for folder in (uncut, tmp_path))
+    assert float(eight["train_loss"]) == pytest.approx(float(one["train_loss"]), rel=1e-3)
+
+
+def test_workdir_holds_everything(uncut):
+    names = {path.name for path in uncut.iterdir()}
+    assert names >= {
+        "config.json",
+        "environment.json",
+        "log.txt",
+        "metrics.csv",
+        "metrics.json",
+        "predictions_dev.csv",
+        "predictions_test.csv",
+        "augmentation.png",
+        "training_curves.png",
+        "test_attention.png",
+        "tensorboard",
+        "checkpoints",
+    }
+    assert not [name for name in names if name.endswith(".tmp")]
+    with (uncut / "predictions_test.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["id"] for row in rows] == tiny.make_dataset().splits["test"].index["id"].tolist()
+    report = json.loads((uncut / "metrics.json").read_text())
+    assert report["phantom"] is True
+    assert report["test"]["num_images"] == len(rows)
+    assert 0 <= report["test"]["auroc"]["estimate"] <= 1
+    with (uncut / "metrics.csv").open() as file:
+        history = list(csv.DictReader(file))
+    assert [row["epoch"] for row in history] == ["1", "2", "3"]
+    best = min(history, key=lambda row: float(row["dev_loss"]))
+    assert report["checkpoint"]["step"] == int(best["step"])
+
+
+def test_best_checkpoint_scores_as_its_epoch_did(uncut):
+    """The state that is tested is the one of the lowest dev loss, not the last."""
+    config = tiny.make_config()
+    report = evaluate(config, str(uncut))
+    history = list(csv.DictReader((uncut / "metrics.csv").open()))
+    best = min(history, key=lambda row: float(row["dev_loss"]))
+    assert report["dev"]["auroc"]["estimate"] == pytest.approx(float(best["dev_auroc"]))
+
+
+def test_training_learns_something(tmp_path):
+    config = tiny.make_config(**{"train.num_epochs": 25, "optimizer.learning_rate": 0.03, "augment.shift": 0.0})
+    report = train.train_and_evaluate(config, str(tmp_path))
+    assert report["test"]["auroc"]["estimate"] > 0.9
+
+
+def test_nothing_recompiles_after_the_first_step(tmp_path, monkeypatch):
+    runs = []
+    create_run = train.create_run
+    monkeypatch.setattr(train, "create_run", lambda config: runs.append(create_run(config)) or runs[0])
+    config = tiny.make_config(**{"optimizer.plateau_patience": 1, "optimizer.plateau_min_delta": 10.0})
+    train.train_and_evaluate(config, str(tmp_path))
+    rates = {row["learning_rate"] for row in csv.DictReader((tmp_path / "metrics.csv").open())}
+    assert len(rates) > 1  # the rate changed, and still:
+    assert runs[0].train_step._cache_size() == 1
+    assert runs[0].eval_step._cache_size() == 1
+
+
+def test_other_config_or_data_is_refused(tmp_path, monkeypatch):
+    train.train_and_evaluate(tiny.make_config(**{"train.num_epochs": 1}), str(tmp_path))
+    before = (tmp_path / "metrics.csv").read_bytes()
+    changed = {"optimizer.learning_rate": 0.5, "train.num_epochs": 2}
+    with pytest.raises(UserError, match="config.optimizer.learning_rate: 0.01 -> 0.5"):
+        train.train_and_evaluate(tiny.make_config(**changed), str(tmp_path))
+    monkeypatch.setattr(run_module, "load_dataset", lambda config: tiny.make_dataset(seed=5))
+    with pytest.raises(UserError, match="data fingerprint"):
+        train.train_and_evaluate(tiny.make_config(**{"train.num_epochs": 2}), str(tmp_path))
+    assert (tmp_path / "metrics.csv").read_bytes() == before
+    train.train_and_evaluate(tiny.make_config(**changed, **{"train.resume_changed": True}), str(tmp_path))
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 3
+
+
+def test_nan_stops_with_step_rate_and_ids_and_keeps_the_last_good_state(tmp_path):
+    config = tiny.make_config(**{"optimizer.learning_rate": 1e30})
+    with pytest.raises(UserError) as caught:
+        train.train_and_evaluate(config, str(tmp_path))
+    message = str(caught.value)
+    assert "learning rate 1e+30" in message
+    assert "step" in message and message.count("train0") == 8
+    run = run_module.create_run(config)
+    with Checkpoints(tmp_path, "latest") as latest:
+        state, meta = latest.restore(run.abstract_state)
+    assert f"step {int(state.step)} " in message
+    assert meta["progress"]["epoch_step"] == int(state.step)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.params)))
+
+
+def test_evaluate_without_training_says_so(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint"):
+        evaluate(tiny.make_config(), str(tmp_path))
