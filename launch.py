@@ -15,6 +15,7 @@ import pathlib
 import sys
 
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
@@ -75,6 +76,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 def _log_to_console() -> None:
+    absl_logging.set_verbosity(absl_logging.WARNING)  # orbax and TFDS tell a lot
     logger = logging.getLogger("cxa_jax")
     logger.setLevel(logging.INFO)
     logger.propagate = False

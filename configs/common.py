@@ -64,7 +64,7 @@ def _augment() -> ConfigDict:
     # Ranges in Keras' ImageDataGenerator units (R10, A7, A8); fill is 'nearest'.
     return ConfigDict(
         {
-            "enabled": True,
+            "enabled": True,  # training images only
             "shift": 0.1,  # fraction of the side, both ways, both axes
             "rotation_deg": 3.0,  # +- degrees
             "shear_deg": 0.01,  # +- degrees

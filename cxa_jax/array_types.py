@@ -10,9 +10,9 @@ Features = Float[Array, "B h w C"]  # F
 AttentionLogits = Float[Array, "B h w M"]  # z; M = 1 shared map, or one map for each class
 Attention = Float[Array, "B h w M"]  # W = sigmoid(z), in [0, 1]
 Pooled = Float[Array, "B C"]  # f
-Logits = Float[Array, "B"]
-Labels = Int[Array, "B"]  # 1 = cardiomegaly, 0 = no finding
-Mask = Bool[Array, "B"]  # True = real row, False = padding
+Logits = Float[Array, " B"]
+Labels = Int[Array, " B"]  # 1 = cardiomegaly, 0 = no finding
+Mask = Bool[Array, " B"]  # True = real row, False = padding
 PyTree = Any
 
 
@@ -22,4 +22,4 @@ class Batch(TypedDict):
     image: RawImages
     label: Labels
     mask: Mask
-    index: Int[Array, "B"]
+    index: Int[Array, " B"]

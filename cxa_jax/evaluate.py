@@ -9,9 +9,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cxa_jax.array_types import PyTree
+from cxa_jax.console import progress_bar
 from cxa_jax.data.datasets import Split
 from cxa_jax.data.pipeline import make_eval_iterator
-from cxa_jax.metric_writer import progress_bar
 from cxa_jax.sharding import put_batch
 
 

@@ -1,13 +1,11 @@
-"""Numbers of a run as they come: metrics.csv, TensorBoard events, a progress bar. No TensorFlow."""
+"""Numbers of a run as they come: metrics.csv and TensorBoard events. No TensorFlow."""
 
 import csv
 import io
 import pathlib
-import sys
 from typing import Any
 
 from tensorboardX import SummaryWriter
-from tqdm import tqdm
 
 from cxa_jax.workdir import write_atomically
 
@@ -45,17 +43,3 @@ def write_history(path: pathlib.Path, history: list[Row]) -> None:
         writer.writeheader()
         writer.writerows(history)
     write_atomically(path, text.getvalue())
-
-
-def progress_bar(total: int, description: str, *, initial: int = 0, disable: bool = False) -> tqdm:
-    """Return a bar over images with rate and time to go; redrawn twice a minute where the output is no terminal."""
-    interval = 0.2 if sys.stderr.isatty() else 30.0
-    return tqdm(
-        total=total,
-        initial=initial,
-        desc=description,
-        unit="img",
-        mininterval=interval,
-        dynamic_ncols=True,
-        disable=disable,
-    )

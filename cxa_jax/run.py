@@ -1,4 +1,4 @@
-"""What a config stands for, built once: data, devices, network, compiled steps. Shared by train, evaluate, benchmark."""
+"""What a config stands for, built once: data, devices, network, jitted steps."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""The three things done to a batch on the device: train_step, eval_step, and the pixels' way in. Pure; jitted by callers."""
+"""What is done to a batch on the device: train_step, eval_step, and the pixels' way in. Pure; jitted by the caller."""
 
 from collections.abc import Callable
 from functools import partial

@@ -14,10 +14,11 @@ from tqdm import tqdm
 from cxa_jax import figures
 from cxa_jax.array_types import Batch
 from cxa_jax.checkpointing import Checkpoints
+from cxa_jax.console import progress_bar
 from cxa_jax.data.pipeline import make_train_iterator, steps_per_epoch
 from cxa_jax.errors import UserError
 from cxa_jax.evaluate import compute_loss, evaluate_split
-from cxa_jax.metric_writer import MetricWriter, progress_bar, write_history
+from cxa_jax.metric_writer import MetricWriter, write_history
 from cxa_jax.metrics import compute_auroc
 from cxa_jax.outputs import write_outputs
 from cxa_jax.progress import Progress

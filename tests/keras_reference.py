@@ -4,13 +4,16 @@ import os
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
+import contextlib
 from unittest import mock
 
 import jax
 import keras
 import numpy as np
+from keras.src.applications import inception_resnet_v2
 from keras.src.applications.densenet import DenseNet
 from keras.src.applications.resnet import ResNet, stack_residual_blocks_v1
+from keras.src.backend.common import dtypes
 from keras.src.initializers.random_initializers import VarianceScaling
 
 ANY_SIZE = {"include_top": False, "weights": None, "input_shape": (None, None, 3)}
@@ -40,10 +43,38 @@ def create_small_resnet(num_blocks, rng):
     return _create(ResNet, rng, stack_fn=stages, preact=False, use_bias=True, **ANY_SIZE)
 
 
+def create_small_inception_resnet_v2(num_blocks, rng):
+    """Leave out residual blocks beyond `num_blocks` of each kind; the last one, without ReLU, always stays."""
+    limits = dict(zip(("block35", "block17", "block8"), num_blocks, strict=True))
+    full_block = inception_resnet_v2.inception_resnet_block
+
+    def block(x, scale, block_type, block_idx, activation="relu"):
+        last = limits[block_type]
+        if activation is None:
+            return full_block(x, scale, block_type, last, activation)
+        return full_block(x, scale, block_type, block_idx) if block_idx <= last - (block_type == "block8") else x
+
+    with mock.patch.object(inception_resnet_v2, "inception_resnet_block", block):
+        return _create(keras.applications.InceptionResNetV2, rng, **ANY_SIZE)
+
+
+@contextlib.contextmanager
+def double_precision():
+    """Compute in float64: Keras on JAX demotes it to float32 in some operations, so its table is patched."""
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    try:
+        with jax.enable_x64(True), mock.patch.dict(dtypes.BIT64_TO_BIT32_DTYPE, {"float64": "float64"}):
+            yield
+    finally:
+        keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy("float32")
+
+
 def _create(application, rng, **arguments):
     # Keras draws kernels by jax.random, one compilation for each shape; numpy draws them in a fraction of the time.
     def draw(self, shape, dtype=None):
-        return rng.normal(0, np.sqrt(2 / np.prod(shape[:-1])), shape).astype(np.float32)
+        return rng.normal(0, np.sqrt(2 / np.prod(shape[:-1])), shape).astype(np.float32).astype(dtype)
 
     with mock.patch.object(VarianceScaling, "__call__", draw):
         model = application(**arguments)

@@ -1,10 +1,9 @@
 """Two independent ways to the receptive-field centres of a backbone's cells, for tests."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from backbone_variables import constant_variables
 
 WINDOWS = {"reduce_window_max", "reduce_window_sum", "reduce_window"}
 
@@ -53,28 +52,15 @@ def _step(equation, sources):
     return stride * strides, offset + stride * ((kernel - 1) / 2 - low)
 
 
-def constant_kernels(module):
-    """Variables that average: every kernel constant, biases 0, batch norm the identity."""
-    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 96, 96, 3)))
-
-    def fill(path, leaf):
-        name = path[-1].key
-        if name == "kernel":
-            return np.full(leaf.shape, 1 / math.prod(leaf.shape[:-1]), np.float32)
-        return np.full(leaf.shape, 1.0 if name in ("scale", "var") else 0.0, np.float32)
-
-    return jax.tree_util.tree_map_with_path(fill, shapes)
-
-
-def gradient_centre(module, size, cells, num_images=4):
-    """Return the (y, x) offset in px that the image gradient of interior cells shows: its centre of mass, less 32 a cell.
+def gradient_centre(module, size, cells, num_images=3):
+    """Return the (y, x) offset in px that interior cells' image gradient shows: centre of mass less stride * cell.
 
     The images are noise: in a constant one every maximum is a tie, and a tie goes to the first, not to the middle. Late
     maxima pick single cells, which scatters the centre by pixels, hence the mean over `cells` x `cells` and images.
     """
     images = np.random.default_rng(0).uniform(0, 1, (num_images, size, size, 3)).astype(np.float32)
     gradient = jax.jit(jax.grad(lambda x, v: module.apply(v, x)[:, cells, cells].sum()))
-    mass = np.asarray(gradient(images, constant_kernels(module)), np.float64).sum((0, 3))
+    mass = np.asarray(gradient(images, constant_variables(module)), np.float64).sum((0, 3))
     assert mass.min() >= 0
     positions = np.arange(size) - module.stride * (cells.start + cells.stop - 1) / 2
     return mass.sum(1) @ positions / mass.sum(), mass.sum(0) @ positions / mass.sum()

@@ -5,7 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-from absl import logging
 from ml_collections import ConfigDict
 from nih_tree import BOXES, IMAGES, TASK_IMAGES, make_download, write_images, write_labels
 from PIL import Image
@@ -207,7 +206,7 @@ def test_odd_sizes_are_logged(config, monkeypatch):
     for name, shape in (("00000001_000.png", (60, 64)), ("00000002_000.png", (16, 16))):
         Image.fromarray(np.full(shape, 9, np.uint8)).save(_find(config, name))
     lines = []
-    monkeypatch.setattr(logging, "warning", lambda message, *args: lines.append(message % args))
+    monkeypatch.setattr(chestxray14.log, "warning", lambda message, *args: lines.append(message % args))
     chestxray14.prepare(config)
     assert "1 images of 64x60 px are not square: squeezed to a square" in lines
     assert "1 images of 16x16 px were enlarged to 32 px" in lines

@@ -195,7 +195,7 @@ def test_auto_falls_back_to_the_phantom_and_says_so(tmp_path, monkeypatch, caplo
     monkeypatch.setattr(chest_phantom, "prepare", prepared.append)
     monkeypatch.setattr(chest_phantom, "create_builder", lambda _: prepare(tmp_path))
     config = make_config(tmp_path, name="auto")
-    with caplog.at_level(logging.INFO, logger="absl"):
+    with caplog.at_level(logging.INFO, logger="cxa_jax"):
         dataset = load_dataset(config)
     assert prepared == [config]
     assert dataset.is_phantom and dataset.name == "chest_phantom"

@@ -10,7 +10,7 @@ from cxa_jax.models import fused_ops as ops
 from cxa_jax.models.layers import max_pool_3x3
 
 EPSILON = 1e-3
-SIZES = [(1, 1), (2, 3), (5, 6), (8, 8), (7, 9)]
+SIZES = [(1, 2), (5, 6), (7, 9)]
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def random_array(*shape, seed=0):
 def assert_same_function(fast, reference, *args, tolerance=1e-11):
     """Compare values, and gradients in every argument under one random cotangent for each output."""
     value, pull = jax.vjp(jax.jit(fast), *args)
-    expected, expected_pull = jax.vjp(jax.jit(reference), *args)
+    expected, expected_pull = jax.vjp(reference, *args)
     rng = np.random.default_rng(7)
     cotangent = jax.tree.map(lambda v: jnp.asarray(rng.normal(size=v.shape), v.dtype), expected)
     for got, want in ((value, expected), (pull(cotangent), expected_pull(cotangent))):
@@ -58,7 +58,7 @@ def test_max_pool_breaks_ties_as_xla_does(size):
     assert_same_function(ops.max_pool_3x3, max_pool_3x3, x)
 
 
-@pytest.mark.parametrize("size", SIZES[1:])
+@pytest.mark.parametrize("size", [(2, 3), *SIZES[1:]])
 def test_avg_pool_is_flax_avg_pool(size):
     assert_same_function(ops.avg_pool_2x2, lambda x: nn.avg_pool(x, (2, 2), (2, 2)), random_array(2, *size, 3))
 

@@ -3,23 +3,25 @@
 import dataclasses
 import functools
 import itertools
+import logging
 from collections.abc import Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
+from cxa_jax.console import progress_bar
 from cxa_jax.data import parallel, phantom, phantom_render, phantom_splits, records
 from cxa_jax.data.phantom import PhantomSpec
 from cxa_jax.data.record_writer import RepeatableWriter
 from cxa_jax.errors import UserError
 
+log = logging.getLogger(__name__)
+
 _SHARD_BYTES = 128 << 20  # of images and masks
 _DESCRIPTION = """\
 Procedural frontal chest X-rays with a heart of known width: drawings, not images of patients. Label 1 = cardiothoracic
-ratio above 0.5. Mean, contrast and grey-level histogram of the images know nothing of the label.
+ratio above 0.5. Mean and contrast of the images know nothing of the label.
 """
 
 Key = tuple[int, int]  # patient, image
@@ -44,8 +46,9 @@ class ChestPhantom(tfds.core.ShardBasedBuilder):
     Presets: 'easy' (T 1.30-1.74 half image sides, magnification .94-1.06) and 'hard' (T 1.15-1.70, magnification
     .80-1.12, more shift and rotation), both with two groups of CTR about .435 and .565; 'natural' ('hard', but
     CTR ~ N(.47, .06), about 31 % positive).
-    Known shortcuts: closed. Mean, standard deviation and histogram of an image, T, magnification, pose, devices, sex,
-    age, view and the number of images are independent of the label. The 8x8 thumbnail is not, for it shows the heart.
+    Shortcuts: T, magnification, pose, devices, sex, age, view, number of images, and each image's mean and standard
+    deviation are drawn without the label; its 16-bin histogram predicts the label with an AUROC of at most .53. The
+    8x8 thumbnail shows the heart: .99 (easy), .96 (hard), .90 (natural); the heart's width alone: .95, .86, .80.
     Splits: 70 % of the patients train, 15 % dev, 15 % test; 1 to 4 images each; no patient is in two; in the order of
     the ids.
     Fields: those of `records.record_features`: image uint8 [S, S, 1], S of 32 to 1024; id 'p000123_2'; patient
@@ -113,9 +116,9 @@ def prepare(data_config: ConfigDict) -> None:
     """
     builder = create_builder(data_config)
     for leftover in builder.data_path.parent.glob("incomplete.*"):
-        logging.warning("%s: left by an interrupted preparation, never read; delete it", leftover)
+        log.warning("%s: left by an interrupted preparation, never read; delete it", leftover)
     if builder.is_prepared():
-        logging.info("already prepared: %s", builder.data_path)
+        log.info("already prepared: %s", builder.data_path)
         return
     config = builder.builder_config
     phantom_splits.assign_splits(config.spec, config.num_patients)  # complains before TFDS makes its folders
@@ -150,7 +153,7 @@ def _list_keys(spec: PhantomSpec, patients: list[int]) -> list[Key]:
 
 def _draw_all(config: ChestPhantomConfig, keys: list[Key]) -> Iterator[phantom_render.Drawing]:
     draw = functools.partial(phantom_render.draw, config.spec, config.image_size)
-    with tqdm(total=len(keys), desc=f"Drawing phantoms at {config.image_size} px", unit=" images") as progress:
+    with progress_bar(len(keys), f"draw phantoms at {config.image_size} px") as progress:
         for drawing in parallel.ordered_map(draw, keys, config.num_workers):
             progress.update()
             yield drawing

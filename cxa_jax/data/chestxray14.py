@@ -7,19 +7,21 @@ The folder given as config.data.manual_dir holds, at any depth, `Data_Entry_2017
 import collections
 import dataclasses
 import functools
+import logging
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
+from cxa_jax.console import progress_bar
 from cxa_jax.data import images, nih_download, nih_metadata, records, splits
 from cxa_jax.data.record_writer import RepeatableWriter
 from cxa_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _SHARD_BYTES = 128 << 20  # of pixels; a shard's records are held in memory while it is written
 _DESCRIPTION = """\
@@ -96,7 +98,7 @@ class ChestXray14(tfds.core.ShardBasedBuilder):
         modes, sizes = collections.Counter(), collections.Counter()
         # Filled while the shards are written; TFDS saves the metadata after the last one.
         self.info.metadata.update(image_modes=modes, source_sizes=sizes)
-        with tqdm(total=len(paths), desc=f"ChestX-ray14 at {config.image_size} px", unit=" images") as progress:
+        with progress_bar(len(paths), f"ChestX-ray14 at {config.image_size} px") as progress:
             for image in images.convert_images(paths, config.image_size, config.num_workers):
                 modes[image.mode] += 1
                 sizes[f"{image.width}x{image.height}"] += 1
@@ -151,15 +153,15 @@ def prepare(data_config: ConfigDict) -> None:
     """
     builder = create_builder(data_config)
     for leftover in builder.data_path.parent.glob("incomplete.*"):
-        logging.warning("%s: left by an interrupted preparation, never read; delete it", leftover)
+        log.warning("%s: left by an interrupted preparation, never read; delete it", leftover)
     if builder.is_prepared():
-        logging.info("already prepared: %s", builder.data_path)
+        log.info("already prepared: %s", builder.data_path)
         _check_same_inputs(builder)
     else:
         nih_download.parse_folders(data_config.manual_dir)  # complain before TFDS makes its folders
         builder.download_and_prepare()
     provenance = load_provenance(builder)
-    logging.info("%s", describe_provenance(provenance))
+    log.info("%s", describe_provenance(provenance))
     _warn_about_sizes(provenance["source_sizes"], data_config.image_size)
 
 
@@ -271,7 +273,7 @@ def _check_missing(missing: list[str], total: int, manual_dir: str, allow_missin
     message = f"{len(missing):,} of {total:,} images are missing below {manual_dir}: {nih_download.name_first(missing)}"
     if not allow_missing:
         raise UserError(f"{message}; fetch them, or set --config.data.allow_missing=True to prepare those there are")
-    logging.warning("%s", message)
+    log.warning("%s", message)
 
 
 def _check_same_inputs(builder: ChestXray14) -> None:
@@ -292,6 +294,6 @@ def _warn_about_sizes(source_sizes: dict[str, int], image_size: int) -> None:
     for name, number in source_sizes.items():
         width, height = map(int, name.split("x"))
         if width != height:
-            logging.warning("%d images of %s px are not square: squeezed to a square", number, name)
+            log.warning("%d images of %s px are not square: squeezed to a square", number, name)
         if min(width, height) < image_size:
-            logging.warning("%d images of %s px were enlarged to %d px", number, name, image_size)
+            log.warning("%d images of %s px were enlarged to %d px", number, name, image_size)

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 import os
 import pathlib
 import zipfile
@@ -17,13 +18,14 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
+from cxa_jax.console import progress_bar
 from cxa_jax.data import chest_phantom, chestxray14
 from cxa_jax.data.records import decode
 from cxa_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 SPLITS = ("train", "dev", "test")
 INDEX_FIELDS = ("id", "patient", "label", "view", "sex", "age", "findings")
@@ -133,7 +135,7 @@ def load_dataset(data_config: ConfigDict) -> Dataset:
             if builder is not None:
                 return _open(builder, "chestxray14", "NIH ChestX-ray14")
             reason = _not_prepared(data_config)
-            logging.info("Using the chest phantom, which is drawn, instead of X-rays of patients. %s", reason)
+            log.info("Using the chest phantom, which is drawn, instead of X-rays of patients. %s", reason)
             return _open_phantom(data_config, f"{PHANTOM}. {reason}")
         case other:
             raise UserError(f"config.data.name is '{other}'; choose 'auto', 'chestxray14' or 'chest_phantom'.")
@@ -200,7 +202,7 @@ def _identity(builder: tfds.core.DatasetBuilder) -> str:
 def _compute_index(sources: dict[str, RecordSource], name: str) -> dict[str, np.ndarray]:
     digest = hashlib.sha256()
     index = {}
-    with tqdm(total=sum(map(len, sources.values())), desc=f"Indexing {name}", unit=" images", leave=False) as progress:
+    with progress_bar(sum(map(len, sources.values())), f"index {name}") as progress:
         for split, source in sources.items():
             columns = {field: [] for field in INDEX_FIELDS}
             for row in range(len(source)):
@@ -225,7 +227,7 @@ def _load_index(path: pathlib.Path, identity: str) -> dict[str, np.ndarray] | No
         with np.load(path, allow_pickle=False) as archive:
             index = dict(archive)
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        logging.warning("%s cannot be read (%s); computing it anew.", path, error)
+        log.warning("%s cannot be read (%s); computing it anew.", path, error)
         return None
     return index if str(index["identity"]) == identity else None  # else: the records were prepared anew since
 
@@ -236,7 +238,7 @@ def _save_index(path: pathlib.Path, index: dict[str, np.ndarray]) -> None:
         np.savez_compressed(temporary, **index)
         os.replace(temporary, path)
     except PermissionError as error:
-        logging.warning("The index is computed at every start, since it cannot be kept beside the records: %s", error)
+        log.warning("The index is computed at every start, since it cannot be kept beside the records: %s", error)
 
 
 def _not_prepared(data_config: ConfigDict) -> str:

@@ -3,15 +3,16 @@
 import collections
 import dataclasses
 import hashlib
+import logging
 import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from absl import logging
-
 from cxa_jax.data import images
 from cxa_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 URL = "https://nihcc.app.box.com/v/ChestXray-NIHCC"
 LISTS = {"train_val": "train_val_list.txt", "test": "test_list.txt"}
@@ -68,7 +69,7 @@ def find_download(folders: Sequence[pathlib.Path]) -> Download:
         raise UserError(f"no PNG below {where}" + ("; unpack the images_*.tar.gz files first" * packed))
     label_name = "v2020" if found["v2020"] else "2017"
     if found["v2020"] and found["2017"]:
-        logging.info("both label files are there: %s is used, not %s", found["v2020"][0], found["2017"][0])
+        log.info("both label files are there: %s is used, not %s", found["v2020"][0], found["2017"][0])
     return Download(
         label_file=_only(found[label_name], "Data_Entry_2017_v2020.csv", where),
         box_file=_only(found[BOX_FILE], BOX_FILE, where),

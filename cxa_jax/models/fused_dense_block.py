@@ -171,9 +171,9 @@ def dense_block_inference(
     """Apply a dense block with fixed moments: norm2 is folded into kernel1, norm1 into one scale and bias."""
     ends = _ends(x, layers)
     features = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, ends[-1] - ends[0])))
-    for layer, layer_moments_, end in zip(layers, moments, ends, strict=False):
-        norm1 = fold_batch_norm(layer_moments_.norm1, layer.norm1, epsilon)
-        norm2 = fold_batch_norm(layer_moments_.norm2, layer.norm2, epsilon)
+    for layer, fixed, end in zip(layers, moments, ends, strict=False):
+        norm1 = fold_batch_norm(fixed.norm1, layer.norm1, epsilon)
+        norm2 = fold_batch_norm(fixed.norm2, layer.norm2, epsilon)
         y = conv_1x1(affine_relu(features[..., :end], norm1), layer.kernel1 * norm2.scale)
         y = jax.nn.relu(y + norm2.bias.astype(y.dtype))
         features = jax.lax.dynamic_update_slice_in_dim(features, conv_3x3(y, layer.kernel2), end, axis=3)

@@ -1,0 +1,29 @@
+"""Variables of a backbone without compiling its initialisers, for tests."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def constant_variables(module):
+    """Variables that average: every kernel constant, biases 0, batch norm the identity."""
+    return _fill(module, lambda shape: np.full(shape, 1 / math.prod(shape[:-1])))
+
+
+def random_variables(module, seed=0):
+    """Kernels drawn normally with variance 2 / fan_in, biases 0, batch norm the identity."""
+    rng = np.random.default_rng(seed)
+    return _fill(module, lambda shape: rng.normal(0, math.sqrt(2 / math.prod(shape[:-1])), shape))
+
+
+def _fill(module, draw_kernel):
+    def fill(path, leaf):
+        name = path[-1].key
+        if name == "kernel":
+            return draw_kernel(leaf.shape).astype(np.float32)
+        return np.full(leaf.shape, 1.0 if name in ("scale", "var") else 0.0, np.float32)
+
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 96, 96, 3)))
+    return jax.tree_util.tree_map_with_path(fill, shapes)

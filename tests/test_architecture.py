@@ -1,0 +1,93 @@
+"""The house: which rooms may look into which, and what stays out."""
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "cxa_jax"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A module may import from its own floor and below.
+FLOORS = [
+    {"errors", "array_types", "console"},
+    {"pooling", "losses", "metrics", "heat_maps", "boxes", "predictions", "optimizer", "workdir"},
+    {"evidence", "statistics", "calibration", "thumbnail"},
+    {"comparison", "prevalence", "localization", "data", "models", "metric_writer", "progress", "sharding"},
+    {"train_state"},
+    {"steps", "checkpointing"},
+    {"evaluate", "run"},
+    {"figures", "report"},
+    {"outputs"},
+    {"train"},
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+# The only importers of heavy or fragile libraries, below cxa_jax/.
+ONLY_IMPORTERS = {
+    "orbax": {"checkpointing.py"},
+    "matplotlib": {"figures.py"},
+    "tensorboardX": {"metric_writer.py"},
+    "h5py": {"models/keras_h5.py", "models/keras_import.py", "models/keras_layout.py"},
+}
+BANNED = {"tensorflow", "torch", "keras", "pandas"}
+
+
+def imported_modules(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    room = room_of(path)
+    if room == "__init__":
+        return
+    for module in imported_modules(path):
+        parts = module.split(".")
+        if parts[0] == "cxa_jax" and len(parts) > 1 and parts[1] != room:
+            assert FLOOR[parts[1]] <= FLOOR[room], f"{path.name} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_libraries_stay_where_they_belong(path):
+    top_level = {module.split(".")[0] for module in imported_modules(path)}
+    assert not top_level & BANNED
+    for library, importers in ONLY_IMPORTERS.items():
+        if library in top_level:
+            assert str(path.relative_to(PACKAGE)) in importers
+
+
+def test_models_see_no_data():
+    for path in FILES:
+        if room_of(path) == "models":
+            assert not [m for m in imported_modules(path) if m.startswith("cxa_jax.data")], path
+
+
+def test_every_room_has_a_floor():
+    assert {room_of(path) for path in FILES} - {"__init__"} == set(FLOOR)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_are_small_and_documented(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300
+    tree = ast.parse(text)
+    if path.name == "__init__.py" and not text.strip():
+        return
+    assert ast.get_docstring(tree)
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
+
+
+def test_launch_has_no_logic():
+    lines = (PACKAGE.parent / "launch.py").read_text().splitlines()
+    assert len(lines) <= 90

@@ -1,0 +1,138 @@
+"""The assembled network: parameter counts, shapes, named intermediates, heads, and that every parameter learns."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from configs import dense121
+from cxa_jax import pooling
+from cxa_jax.errors import UserError
+from cxa_jax.models import BACKBONES, CardioXAttentionNet, create_model
+
+
+def count(tree):
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def abstract_variables(model, size=224):
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, size, size, 3)), train=False))
+
+
+# Without top, as Keras counts them: trainable + moving moments (PAPER: "Parameter counts").
+BACKBONE_SIZES = {
+    "densenet121": (7_037_504, 1024),
+    "densenet201": (18_321_984, 1920),
+    "resnet50": (23_587_712, 2048),
+    "inception_resnet_v2": (54_336_736, 1536),
+}
+
+
+def test_the_table_of_sizes_is_complete():
+    assert set(BACKBONE_SIZES) == set(BACKBONES) - {"tiny"}
+
+
+@pytest.mark.parametrize("name", BACKBONE_SIZES)
+def test_parameter_counts(name):
+    total, channels = BACKBONE_SIZES[name]
+    backbone = BACKBONES[name]()
+    assert count(abstract_variables(backbone)) == total
+    assert backbone.num_features == channels
+    variables = abstract_variables(CardioXAttentionNet(backbone))
+    extra = count({key: variables["params"][key] for key in ("amm", "classifier")})
+    assert extra == 258 * channels + 5058
+    linear = abstract_variables(CardioXAttentionNet(backbone, pooling="gap", head="linear"))
+    assert count(linear["params"]["classifier"]) == channels + 1
+
+
+def test_cxa_dense121_has_the_papers_trainable_parameters():
+    variables = abstract_variables(create_model(dense121.get_config().model))
+    assert count(variables["params"]) == 7_223_106
+
+
+@pytest.mark.parametrize("size, cells", [(32, 1), (100, 3), (224, 7), (1024, 32)])
+def test_densenet_feature_maps(size, cells):
+    model = create_model(dense121.get_config().model)
+    variables = abstract_variables(model, size)
+    images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+    logits, out = jax.eval_shape(lambda v, x: model.apply(v, x, train=False), variables, images)
+    assert logits.shape == (2,)
+    assert out["features"].shape == (2, cells, cells, 1024)
+    assert out["attention"].shape == out["attention_logits"].shape == (2, cells, cells, 1)
+    assert out["pooled"].shape == (2, 1024)
+
+
+@pytest.fixture(scope="module")
+def tiny_model():
+    model = CardioXAttentionNet(tiny.BACKBONES["tiny"]())
+    images = jax.random.uniform(jax.random.key(1), (3, 96, 64, 3))
+    variables = jax.jit(lambda key, x: model.init(key, x, train=False))(jax.random.key(0), images)
+    return model, variables, images
+
+
+def test_intermediates_are_what_they_say(tiny_model):
+    model, variables, images = tiny_model
+    logits, out = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images)
+    np.testing.assert_allclose(out["attention"], jax.nn.sigmoid(out["attention_logits"]), rtol=1e-6)
+    np.testing.assert_allclose(
+        out["pooled"], pooling.gwap(out["features"], out["attention_logits"]), rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(model.apply(variables, out["pooled"], method="classify"), logits, rtol=1e-5, atol=1e-6)
+
+
+def test_every_parameter_gets_a_gradient(tiny_model):
+    model, variables, images = tiny_model
+
+    def loss(params):
+        apply = {"params": params, "batch_stats": variables["batch_stats"]}
+        (logits, _), _ = model.apply(
+            apply, images, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(2)}
+        )
+        return jnp.sum(logits * jnp.array([1.0, -2.0, 0.5]))
+
+    gradients = jax.jit(jax.grad(loss))(variables["params"])
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0, jax.tree_util.keystr(path)
+
+
+def test_bfloat16_keeps_parameters_pooling_and_logits_in_float32(tiny_model):
+    _, variables, images = tiny_model
+    model = CardioXAttentionNet(tiny.BACKBONES["tiny"](dtype=jnp.bfloat16))
+    (logits, out), updated = jax.jit(
+        lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)})
+    )(variables, images)
+    assert logits.dtype == out["pooled"].dtype == out["attention"].dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(updated["batch_stats"])} == {jnp.dtype("float32")}
+    reference = tiny_model[0].apply(variables, images, train=False)[0]
+    np.testing.assert_allclose(model.apply(variables, images, train=False)[0], reference, atol=0.1)
+
+
+def test_gap_is_gwap_with_constant_attention(tiny_model):
+    _, _, images = tiny_model
+    model = CardioXAttentionNet(tiny.BACKBONES["tiny"](), pooling="gap")
+    variables = model.init(jax.random.key(0), images, train=False)
+    _, out = model.apply(variables, images, train=False)
+    assert "amm" not in variables["params"]
+    np.testing.assert_allclose(out["pooled"], out["features"].mean((1, 2)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        out["pooled"], pooling.gwap(out["features"], out["attention_logits"]), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("pooled, head", [("softmax", "mlp"), ("gmp", "linear"), ("lse", "mlp"), ("topk", "mlp")])
+def test_other_poolings_run(pooled, head, tiny_model):
+    _, _, images = tiny_model
+    model = CardioXAttentionNet(tiny.BACKBONES["tiny"](), pooling=pooled, head=head)
+    logits, _ = model.init_with_output(jax.random.key(0), images, train=False)[0]
+    assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(
+    "field, value", [("backbone", "vgg"), ("pooling", "mean"), ("head", "big"), ("dropout", 1.0), ("dtype", "int8")]
+)
+def test_wrong_fields_are_named(field, value):
+    config = dense121.get_config().model
+    config[field] = value
+    with pytest.raises(UserError, match=f"config.model.{field}="):
+        create_model(config)

@@ -1,0 +1,61 @@
+"""Inception-ResNet-v2: the table of sizes, where its cells look, and options that must not change the function."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from backbone_variables import random_variables
+from receptive_fields import chain_geometry, gradient_centre
+
+from cxa_jax.models.inception_resnet_v2 import BLOCK8, InceptionResNetV2, ResidualBlock
+
+SMALL = (1, 1, 1)
+
+
+@pytest.mark.parametrize(("size", "cells"), [(224, 5), (1024, 30), (75, 1)])
+def test_feature_shape(size, cells):
+    module = InceptionResNetV2()
+    images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+    features, variables = jax.eval_shape(lambda x: module.init_with_output(jax.random.key(0), x), images)
+    assert features.shape == (2, cells, cells, 1536)
+    assert cells == (size - 43) // 32
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == 54_336_736  # as Keras counts without top
+
+
+def test_batch_norms_have_no_scale():
+    shapes = jax.eval_shape(lambda: InceptionResNetV2().init(jax.random.key(0), jnp.zeros((1, 75, 75, 3))))
+    leaves = [path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(shapes["params"])]
+    assert set(leaves) == {"kernel", "bias"}
+    assert leaves.count("kernel") == 244
+
+
+def test_residual_scale():
+    # scale 0.2 adds a fifth of what scale 1 adds, to the same input
+    x = jax.random.normal(jax.random.key(0), (1, 3, 3, 16))
+    block = ResidualBlock(BLOCK8, 1.0, relu=False)
+    variables = block.init(jax.random.key(1), x, train=False)
+    whole = block.apply(variables, x, train=False) - x
+    fifth = block.clone(scale=0.2).apply(variables, x, train=False) - x
+    np.testing.assert_allclose(fifth, 0.2 * whole, atol=1e-5)
+    assert np.abs(whole).max() > 0.1
+
+
+def test_geometry_by_chain():
+    assert chain_geometry(InceptionResNetV2(), 224) == (InceptionResNetV2.stride, InceptionResNetV2.offset)
+
+
+def test_geometry_by_gradient():
+    centre = gradient_centre(InceptionResNetV2(num_blocks=SMALL), 544, slice(4, 11), num_images=4)
+    np.testing.assert_allclose(centre, InceptionResNetV2.offset, atol=1.5)  # two more pools scatter it than elsewhere
+
+
+def test_options_are_the_same_function():
+    images = jax.random.uniform(jax.random.key(1), (2, 75, 75, 3))
+    module = InceptionResNetV2(num_blocks=SMALL)
+    variables = random_variables(module)
+    features = jax.jit(module.apply)(variables, images)
+    remat = jax.jit(module.clone(remat=True).apply)(variables, images)
+    np.testing.assert_allclose(remat, features, rtol=1e-5, atol=1e-6)
+    half = jax.jit(module.clone(dtype=jnp.bfloat16).apply)(variables, images)
+    assert half.dtype == jnp.bfloat16
+    assert np.abs(half.astype(jnp.float32) - features).max() < 0.05 * np.abs(features).max()

@@ -1,0 +1,55 @@
+"""The command line as a user meets it: help, and one clear message for each mistake."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def launch(*arguments, cwd=ROOT):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(ROOT / "launch.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
+
+
+def test_help_shows_commands_and_flags():
+    done = launch("--help")
+    assert "--config=configs/dense121.py" in done.stdout
+    assert "--workdir" in done.stdout and "--mode" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((), "--config is required"),
+        (("--config=configs/nothing.py",), "configs/nothing.py"),
+        (("--config=configs/dense121.py:gab",), "unknown variant 'gab'"),
+        (("--config=configs/dense121.py", "--mode=tarin"), "train|evaluate"),
+        (("--config=configs/dense121.py", "--config.train.bach_size=3"), 'Did you mean "batch_size"'),
+        (("--config=configs/dense121.py", "--config.train.batch_size=many"), "train.batch_size=many"),
+        (("--config=configs/dense121.py", "--workdri=x"), "workdri"),
+        (("--config=configs/dense121.py", "train"), "unexpected argument(s) train"),
+        (("--config=configs/dense121.py", "--mode=prepare"), "manual_dir"),
+        (("--config=configs/dense121.py", "--mode=prepare", "--config.data.manual_dir=/nowhere"), "/nowhere"),
+        (("--config=configs/dense121.py", "--config.model.backbone=vgg"), "config.model.backbone='vgg'"),
+        (("--config=configs/dense121.py", "--config.data.name=mnist"), "mnist"),
+        (("--config=configs/dense121.py", "--config.data.name=chestxray14", "--config.data.data_dir=none"), "prepare"),
+        (("--config=configs/dense121.py", "--config.train.select_by=luck"), "config.train.select_by='luck'"),
+    ],
+)
+def test_mistakes_end_in_one_message(arguments, message, tmp_path):
+    done = launch(*arguments, f"--workdir={tmp_path / 'run'}")
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) < 12, done.stderr
+
+
+def test_workdir_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = launch("--config=configs/dense121.py:phantom_quick", f"--workdir={tmp_path / 'file' / 'run'}")
+    assert done.returncode != 0 and "cannot be created" in done.stderr and "Traceback" not in done.stderr
