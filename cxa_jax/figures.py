@@ -23,7 +23,7 @@ CLASSES = ("no finding", "cardiomegaly")
 def save_figure(figure: Figure, path: pathlib.Path) -> None:
     """Write a PNG, all or nothing."""
     neighbour = path.with_name(f".{path.name}")
-    figure.savefig(neighbour, format="png", dpi=110, bbox_inches="tight")
+    figure.savefig(neighbour, format="png", dpi=110)
     neighbour.replace(path)
 
 
@@ -50,7 +50,7 @@ def save_augmentation_grid(run: Run, path: pathlib.Path) -> None:
     # min-max whatever the network's own normalisation, which may leave [0, 1]
     augmented = jax.jit(partial(augment_batch, normalization="min_max", config=config.augment))
     images = np.asarray(augmented(run.root_key, 0, {"image": batch["image"]}))[:16]
-    figure = Figure(figsize=(9, 9.6))
+    figure = Figure(figsize=(9, 9.9), layout="constrained")
     figure.suptitle(_title(run, "augmented training images, 1 = cardiomegaly"))
     for axes, image, label in zip(figure.subplots(4, 4).flat, images, batch["label"], strict=False):
         axes.imshow(image[..., 0], cmap="gray", vmin=0, vmax=1)
@@ -62,7 +62,7 @@ def save_augmentation_grid(run: Run, path: pathlib.Path) -> None:
 def save_curves(run: Run, history: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Draw losses, dev AUROC and learning rate against epochs; the kept epoch is marked."""
     epochs = [row["epoch"] for row in history]
-    figure = Figure(figsize=(13, 3.6))
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
     figure.suptitle(_title(run, "training"))
     losses, auroc, rate = figure.subplots(1, 3)
     for name in ("train_loss", "dev_loss", "dev_loss_weighted"):
@@ -102,8 +102,8 @@ def save_attention_sheet(run: Run, predictions: Predictions, threshold: float, p
     rows = choose_examples(predictions, threshold, run.config.seed)
     split = run.dataset.splits[predictions.split]
     limit = float(np.abs(predictions.evidence[rows]).max()) or 1.0
-    figure = Figure(figsize=(11, 2.9 * len(rows)))
-    figure.suptitle(_title(run, f"{predictions.split} images, threshold {threshold:.3g}"), y=0.9)
+    figure = Figure(figsize=(11, 2.75 * len(rows) + 0.5), layout="constrained")
+    figure.suptitle(_title(run, f"{predictions.split} images, threshold {threshold:.3g}"))
     axes = figure.subplots(len(rows), 4, squeeze=False)
     for line, row in zip(axes, rows, strict=True):
         record = split.source[int(row)]

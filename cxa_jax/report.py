@@ -31,6 +31,7 @@ def compute_report(run: Run, dev: Predictions, test: Predictions) -> dict[str, A
         "data": run.dataset.name,
         "phantom": run.dataset.is_phantom,
         "image_size": run.dataset.image_size,
+        "normalization": run.normalization,
         "fingerprint": run.dataset.fingerprint,
         "dev": describe_split(run, dev, threshold),
         "test": describe_split(run, test, threshold),

@@ -3,6 +3,10 @@
 import os
 import pathlib
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before any test imports jax
+# Before any test imports jax. Compiled programs are kept, here and for the processes that tests start: most tests compile
+# the same few tiny networks.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache/xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 REAL = pathlib.Path(__file__).parents[2] / "shared/data"

@@ -23,6 +23,12 @@ APPLICATIONS = {
     "resnet50": keras.applications.ResNet50,
     "inception_resnet_v2": keras.applications.InceptionResNetV2,
 }
+PREPROCESS = {
+    "densenet121": keras.applications.densenet.preprocess_input,
+    "densenet201": keras.applications.densenet.preprocess_input,
+    "resnet50": keras.applications.resnet50.preprocess_input,
+    "inception_resnet_v2": keras.applications.inception_resnet_v2.preprocess_input,
+}
 
 
 def create_application(backbone, rng, **arguments):

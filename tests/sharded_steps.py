@@ -1,11 +1,11 @@
-"""Program: six training steps in float64 over all devices; writes the parameters. Run by test_sharding.py."""
+"""Program: six training steps in float64 over all devices; writes the parameters.
+
+Run by test_sharding.py with JAX_ENABLE_X64=1.
+"""
 
 import sys
 
 import jax
-
-jax.config.update("jax_enable_x64", True)
-
 import jax.numpy as jnp
 import numpy as np
 import tiny

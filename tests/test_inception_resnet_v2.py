@@ -1,5 +1,7 @@
 """Inception-ResNet-v2: the table of sizes, where its cells look, and options that must not change the function."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from cxa_jax.models.inception_resnet_v2 import BLOCK8, InceptionResNetV2, Residu
 SMALL = (1, 1, 1)
 
 
-@pytest.mark.parametrize(("size", "cells"), [(224, 5), (1024, 30), (75, 1)])
+@pytest.mark.parametrize(("size", "cells"), [(224, 5), (1024, 30)])
 def test_feature_shape(size, cells):
     module = InceptionResNetV2()
     images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
@@ -33,9 +35,9 @@ def test_residual_scale():
     # scale 0.2 adds a fifth of what scale 1 adds, to the same input
     x = jax.random.normal(jax.random.key(0), (1, 3, 3, 16))
     block = ResidualBlock(BLOCK8, 1.0, relu=False)
-    variables = block.init(jax.random.key(1), x, train=False)
-    whole = block.apply(variables, x, train=False) - x
-    fifth = block.clone(scale=0.2).apply(variables, x, train=False) - x
+    variables = jax.jit(partial(block.init, train=False))(jax.random.key(1), x)
+    whole = jax.jit(partial(block.apply, train=False))(variables, x) - x
+    fifth = jax.jit(partial(block.clone(scale=0.2).apply, train=False))(variables, x) - x
     np.testing.assert_allclose(fifth, 0.2 * whole, atol=1e-5)
     assert np.abs(whole).max() > 0.1
 
@@ -45,7 +47,7 @@ def test_geometry_by_chain():
 
 
 def test_geometry_by_gradient():
-    centre = gradient_centre(InceptionResNetV2(num_blocks=SMALL), 544, slice(4, 11), num_images=4)
+    centre = gradient_centre(InceptionResNetV2(num_blocks=SMALL), 544, slice(4, 11), num_images=2)
     np.testing.assert_allclose(centre, InceptionResNetV2.offset, atol=1.5)  # two more pools scatter it than elsewhere
 
 

@@ -189,11 +189,14 @@ def test_another_depth_is_refused(densenet, tmp_path):
     module, variables = densenet
     write_groups(tmp_path / "w.h5", layer_arrays(module, variables))
     with pytest.raises(
-        UserError, match=r"no array for params/block2/layer3/norm1/scale \(192,\).*conv3_block3_0_bn/gamma"
+        UserError, match=r"no array for params/block2/layer3/norm1/scale \(112,\).*conv3_block3_0_bn/gamma"
     ):
         load_variables(DenseNet((1, 3)), tmp_path / "w.h5", "densenet121")
-    with pytest.raises(UserError, match=r"'pool2_bn/gamma:0' \(96,\) float32 does not fit .* \(128,\)|no array for"):
-        load_variables(DenseNet((2, 2)), tmp_path / "w.h5", "densenet121")
+    with pytest.raises(UserError, match=r"'bn/gamma:0' \(112,\) float32 does not fit params/norm/scale \(80,\)"):
+        load_variables(DenseNet((1, 1)), tmp_path / "w.h5", "densenet121")
+    write_groups(tmp_path / "w.h5", layer_arrays(*network_and_variables("resnet")))
+    with pytest.raises(UserError, match=r"'conv2_block2_1_conv/kernel:0' \(1, 1, 256, 64\) has no place"):
+        load_variables(ResNet((1, 1)), tmp_path / "w.h5", "resnet50")
 
 
 @pytest.mark.parametrize("write", [write_groups, write_variables])

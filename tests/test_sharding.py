@@ -18,6 +18,7 @@ PROGRAM = pathlib.Path(__file__).with_name("sharded_steps.py")
 def train_on(num_devices, path, implementation):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_X64": "1",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
     }
     command = [sys.executable, str(PROGRAM), str(path), implementation]

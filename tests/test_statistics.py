@@ -82,9 +82,7 @@ def test_the_interval_equals_a_loop_over_resampled_patients():
     labels, scores, patients, _ = _draw_clusters(np.random.default_rng(2), 40)
     interval = statistics.bootstrap_interval(labels, scores, patients, num_resamples=150, seed=4)
     weights = np.concatenate(list(statistics.resample_patients(patients, len(labels), 150, 4)))
-    loop = [
-        sklearn_metrics.roc_auc_score(labels[copies], scores[copies]) for copies in map(_images_drawn, weights)
-    ]
+    loop = [sklearn_metrics.roc_auc_score(labels[copies], scores[copies]) for copies in map(_images_drawn, weights)]
     n = 14  # every third of 40 patients is positive; Hesterberg's tails
     tail = 100 * stats.norm.cdf(-np.sqrt(n / (n - 1)) * stats.t.ppf(0.975, n - 1))
     assert tail < 2.5

@@ -28,24 +28,16 @@ def tiny_data(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def compilation_cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("xla")
-
-
-@pytest.fixture(scope="module")
-def uncut(tmp_path_factory, compilation_cache):
+def uncut(tmp_path_factory):
     """A run that nobody cut, in a process of its own as the cut ones are."""
     workdir = tmp_path_factory.mktemp("uncut")
-    assert run_program(workdir, compilation_cache).returncode == 0
+    assert run_program(workdir).returncode == 0
     return workdir
 
 
-def run_program(workdir, cache, *arguments, devices=1):
+def run_program(workdir, *arguments, devices=1):
     environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
     command = [sys.executable, str(PROGRAM), f"--workdir={workdir}", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -68,21 +60,21 @@ def assert_same_run(a, b):
 
 
 @pytest.mark.parametrize("kills", [(0,), (4, 1, 7), (16,)], ids=str)
-def test_killed_run_equals_uncut_run(uncut, tmp_path, compilation_cache, kills):
+def test_killed_run_equals_uncut_run(uncut, tmp_path, kills):
     """18 steps in all, 6 an epoch; each number is how many steps a process survives."""
     for kill in kills:
-        cut = run_program(tmp_path, compilation_cache, f"--kill_at_step={kill}", "--checkpoint_every_steps=2")
+        cut = run_program(tmp_path, f"--kill_at_step={kill}", "--checkpoint_every_steps=2")
         assert cut.returncode == -signal.SIGKILL, cut.stderr[-2000:]
-    ended = run_program(tmp_path, compilation_cache, "--checkpoint_every_steps=2")
+    ended = run_program(tmp_path, "--checkpoint_every_steps=2")
     assert ended.returncode == 0, ended.stderr[-2000:]
     if kills != (0,):
         assert "resuming" in ended.stderr
     assert_same_run(uncut, tmp_path)
 
 
-def test_run_on_eight_devices_ends_and_agrees(uncut, tmp_path, compilation_cache):
+def test_run_on_eight_devices_ends_and_agrees(uncut, tmp_path):
     """The whole road sharded; test_sharding.py has the exact comparison of the steps."""
-    ended = run_program(tmp_path, compilation_cache, "--num_epochs=1", devices=8)
+    ended = run_program(tmp_path, "--num_epochs=1", devices=8)
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert "devices: 8 x" in ended.stderr
     one, eight = (next(csv.DictReader((folder / "metrics.csv").open())) for folder in (uncut, tmp_path))

@@ -5,16 +5,17 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from cxa_jax.array_types import Images, Logits, Pooled
+from cxa_jax.array_types import AttentionLogits, Features, Images, Logits, Pooled
 from cxa_jax.errors import UserError
 from cxa_jax.models.amm import AttentionMappingMechanism
 from cxa_jax.models.backbones import BACKBONES, select_implementation
 from cxa_jax.models.layers import GLOROT
-from cxa_jax.pooling import FEATURES_ONLY, POOLINGS
+from cxa_jax.pooling import POOLINGS, gated_attention_logits
 
 HEAD_WIDTH = 128
 HEADS = ("mlp", "linear")
 ATTENDED = ("normalized", "raw")
+BRANCHED = ("amm", "softmax")  # the poolings that read the attention branch of Table 3
 
 
 class Head(nn.Module):
@@ -23,14 +24,32 @@ class Head(nn.Module):
     kind: str
     dropout: float
 
-    @nn.compact
+    def setup(self) -> None:
+        if self.kind == "mlp":
+            self.dense1 = nn.Dense(HEAD_WIDTH, kernel_init=GLOROT)
+        self.drop = nn.Dropout(self.dropout)
+        self.logit = nn.Dense(1, kernel_init=GLOROT)
+
     def __call__(self, pooled: Pooled, *, train: bool) -> Logits:
         x = pooled
         if self.kind == "mlp":
-            x = nn.Dropout(self.dropout, deterministic=not train)(x)
-            x = nn.elu(nn.Dense(HEAD_WIDTH, kernel_init=GLOROT, name="dense1")(x))
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return nn.Dense(1, kernel_init=GLOROT, name="logit")(x)[:, 0]
+            x = nn.elu(self.dense1(self.drop(x, deterministic=not train)))
+        return self.logit(self.drop(x, deterministic=not train))[:, 0]
+
+    def score_cells(self, features: Features) -> AttentionLogits:
+        """Apply the linear head to each cell: the attention logits of PCAM (Ye et al. 2020)."""
+        return self.logit(features)
+
+
+class GatedAttention(nn.Module):
+    """The learnt parameters of gated attention (Ilse et al. 2018): F -> z [B, h, w, 1]."""
+
+    @nn.compact
+    def __call__(self, features: Features) -> AttentionLogits:
+        size = (features.shape[-1], HEAD_WIDTH)
+        tanh_kernel, gate_kernel = self.param("tanh_kernel", GLOROT, size), self.param("gate_kernel", GLOROT, size)
+        kernel = self.param("kernel", GLOROT, (HEAD_WIDTH, 1))
+        return gated_attention_logits(features, tanh_kernel, gate_kernel, kernel)
 
 
 class CardioXAttentionNet(nn.Module):
@@ -48,19 +67,17 @@ class CardioXAttentionNet(nn.Module):
     dropout: float = 0.5
 
     def setup(self) -> None:
-        if self.pooling not in FEATURES_ONLY:
+        if self.pooling in BRANCHED:
             self.amm = AttentionMappingMechanism()
+        elif self.pooling == "gated":
+            self.gate = GatedAttention()
         self.classifier = Head(self.head, self.dropout)
 
     def __call__(self, images: Images, *, train: bool = False) -> tuple[Logits, dict[str, jax.Array]]:
         # From here on float32, whatever the backbone computes in: the pooling's ratio and the loss need the digits.
         features = self.backbone(images, train=train)
         features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
-        if self.pooling in FEATURES_ONLY:
-            attention_logits = jnp.zeros((*features.shape[:3], 1), features.dtype)
-        else:
-            normalized, attention_logits = self.amm(features, train=train)
-            features = normalized if self.attended == "normalized" else features
+        features, attention_logits = self._attend(features, train=train)
         pooled, weights = POOLINGS[self.pooling](features, attention_logits)
         out = {
             "features": features,
@@ -70,6 +87,17 @@ class CardioXAttentionNet(nn.Module):
             "pooled": pooled,
         }
         return self.classify(pooled, train=train), out
+
+    def _attend(self, features: Features, *, train: bool) -> tuple[Features, AttentionLogits]:
+        """Return the features to pool and the attention logits, from wherever this pooling takes them."""
+        if self.pooling in BRANCHED:
+            normalized, attention_logits = self.amm(features, train=train)
+            return normalized if self.attended == "normalized" else features, attention_logits
+        if self.pooling == "gated":
+            return features, self.gate(features)
+        if self.pooling == "pcam":
+            return features, self.classifier.score_cells(features)
+        return features, jnp.zeros((*features.shape[:3], 1), features.dtype)
 
     def classify(self, pooled: Pooled, *, train: bool = False) -> Logits:
         """Apply the head alone; `model.apply(variables, pooled, method='classify')` serves evidence maps."""
@@ -91,6 +119,8 @@ def create_model(config: ConfigDict) -> CardioXAttentionNet:
     ):
         if config[field] not in choices:
             raise UserError(f"config.model.{field}={config[field]!r} is not one of {', '.join(choices)}")
+    if config.pooling == "pcam" and config.head != "linear":
+        raise UserError("config.model.pooling='pcam' shares a linear head with its map: set --config.model.head=linear")
     if not 0 <= config.dropout < 1:
         raise UserError(f"config.model.dropout={config.dropout} must be at least 0 and below 1")
     backbone = BACKBONES[config.backbone](

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import logging
 import pathlib
 import re
 import zipfile
@@ -10,9 +11,10 @@ from typing import NamedTuple
 
 import h5py
 import numpy as np
-from absl import logging
 
 from cxa_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 NOT_WEIGHTS = ("optimizer", "optimizer_weights", "metrics")  # groups that a compiled model adds
 ALIASES = {"W": "kernel", "b": "bias", "running_mean": "moving_mean", "running_std": "moving_variance"}  # Keras 1
@@ -45,24 +47,27 @@ def open_layers(path: str | pathlib.Path) -> Iterator[list[FileLayer]]:
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file. Give a Keras weight file (*.h5)")
-    if zipfile.is_zipfile(path):
+    if zipfile.is_zipfile(path) and not h5py.is_hdf5(path):
         raise UserError(f"{path} is a zip archive (.keras?): unzip it and give the model.weights.h5 in it")
-    unreadable = f"{path} is not a readable HDF5 weight file (%s): fetch or write it again"
     try:
         with h5py.File(path, "r") as file:
             try:
                 layers = _read_layers(path, file)
-            except (KeyError, RuntimeError, AttributeError) as error:  # h5py's ways to meet damaged structures
-                raise UserError(unreadable % error) from error
+            except (KeyError, RuntimeError, AttributeError, TypeError, UnicodeError) as error:  # damaged structures
+                raise _unreadable(path, error) from error
             yield layers
     except OSError as error:  # not HDF5, cut, or damaged where an array lies
-        raise UserError(unreadable % error) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: pathlib.Path, error: Exception) -> UserError:
+    return UserError(f"{path} is not a readable HDF5 weight file ({error}): fetch or write it again")
 
 
 def _read_layers(path: pathlib.Path, file: h5py.File) -> list[FileLayer]:
     ignored = [name for name in NOT_WEIGHTS if name in file]
     if ignored:
-        logging.info("%s: ignoring %s", path, ", ".join(ignored))
+        log.info("%s: ignoring %s", path, ", ".join(ignored))
     root = file.get("model_weights", file)
     if "layer_names" in root.attrs or "layer_names0" in root.attrs:
         layers = _layer_groups(root)

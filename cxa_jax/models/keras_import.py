@@ -1,5 +1,6 @@
 """Weights of the Keras applications for our backbones: every array finds its place, every place its array."""
 
+import logging
 import pathlib
 from typing import Any
 
@@ -7,12 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from cxa_jax.errors import UserError
 from cxa_jax.models.backbones import BACKBONES
 from cxa_jax.models.keras_h5 import FileLayer, open_layers, read_array
 from cxa_jax.models.keras_layout import CONV, NORM, TOP_LAYERS, KerasLayer, canonical_names, keras_layers
+
+log = logging.getLogger(__name__)
 
 # What the published ImageNet weights were trained on; the images that go with them are normalised the same way.
 KERAS_PREPROCESSING = {
@@ -130,7 +132,7 @@ def _drop_top(path: str | pathlib.Path, file_layers: list[FileLayer]) -> list[Fi
     kept = []
     for layer in file_layers:
         if layer.name in TOP_LAYERS and [array.data.ndim for array in layer.arrays] == [2, 1]:
-            logging.info("%s: dropping the classifier '%s' %s", path, layer.name, layer.arrays[0].data.shape)
+            log.info("%s: dropping the classifier '%s' %s", path, layer.name, layer.arrays[0].data.shape)
         else:
             kept.append(layer)
     return kept

@@ -5,7 +5,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 GLOROT = nn.initializers.glorot_uniform()  # R11; Flax' own default is LeCun normal
 BATCH_NORM_MOMENTUM = 0.99
@@ -18,10 +17,13 @@ def conv(
     strides: int = 1,
     padding: str | int | Sequence = "SAME",
     use_bias: bool = False,
-    dtype: Any = jnp.float32,
+    dtype: Any = None,
     name: str | None = None,
 ) -> nn.Conv:
-    """Create a convolution with a Glorot uniform kernel [kh, kw, C_in, num_features] and, if asked, a zero bias."""
+    """Create a convolution with a Glorot uniform kernel [kh, kw, C_in, num_features] and, if asked, a zero bias.
+
+    `dtype` is the compute type; None takes that of inputs and parameters together.
+    """
     size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
     return nn.Conv(num_features, size, strides, padding, use_bias=use_bias, dtype=dtype, kernel_init=GLOROT, name=name)
 
@@ -31,7 +33,7 @@ def batch_norm(
     train: bool,
     epsilon: float,
     use_scale: bool = True,
-    dtype: Any = jnp.float32,
+    dtype: Any = None,
     name: str | None = None,
 ) -> nn.BatchNorm:
     """Create a batch norm: batch moments when `train`, running ones else; moments in float32 whatever `dtype`."""

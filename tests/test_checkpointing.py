@@ -1,0 +1,86 @@
+"""Checkpoints: what comes back is what went in; damage falls back to an older one, and says so."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cxa_jax.checkpointing import Checkpoints
+from cxa_jax.errors import UserError
+from cxa_jax.train_state import TrainState
+
+
+def make_state(step: int) -> TrainState:
+    rng = np.random.default_rng(step)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    return TrainState(
+        step=jnp.asarray(step, jnp.int32),
+        healthy=jnp.ones((), bool),
+        params={"dense": {"kernel": draw(3, 4), "bias": draw(4)}},
+        batch_stats={"norm": {"mean": draw(4)}},
+        opt_state=({"kernel": draw(3, 4)}, ()),
+    )
+
+
+def abstract(state):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+
+
+def test_round_trip_bit_for_bit(tmp_path):
+    state = make_state(7)
+    meta = {"loss": float("nan"), "best": float("inf"), "rows": [{"a": 1}], "text": "é"}
+    with Checkpoints(tmp_path, "latest") as checkpoints:
+        checkpoints.save(state, meta)
+    with Checkpoints(tmp_path, "latest") as checkpoints:
+        restored, restored_meta = checkpoints.restore(abstract(make_state(0)))
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    assert np.isnan(restored_meta.pop("loss")) and np.isnan(meta.pop("loss"))
+    assert restored_meta == meta
+
+
+def test_empty_workdir_has_nothing(tmp_path):
+    with Checkpoints(tmp_path, "best") as checkpoints:
+        assert checkpoints.restore(abstract(make_state(0))) is None
+        assert checkpoints.read_meta() is None
+
+
+def test_only_the_newest_are_kept_and_a_redone_step_replaces_itself(tmp_path):
+    with Checkpoints(tmp_path, "latest", num_kept=2) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(make_state(step), {"try": 1})
+        assert checkpoints.steps() == [3, 2]
+        checkpoints.save(make_state(2), {"try": 2})  # a resumed run is at step 2 again
+        assert checkpoints.steps()[0] == 2
+        assert checkpoints.read_meta() == {"try": 2}
+
+
+def test_variables_alone(tmp_path):
+    state = make_state(3)
+    with Checkpoints(tmp_path, "best") as checkpoints:
+        checkpoints.save(state, {})
+        mould = abstract(state)
+        variables, _ = checkpoints.restore_variables({"params": mould.params, "batch_stats": mould.batch_stats})
+    jax.tree.map(np.testing.assert_array_equal, variables, state.variables)
+
+
+def damage(folder):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_damage_falls_back_to_the_older_and_says_so(tmp_path, caplog):
+    with Checkpoints(tmp_path, "latest", num_kept=2) as checkpoints:
+        checkpoints.save(make_state(1), {"step": 1})
+        checkpoints.save(make_state(2), {"step": 2})
+    damage(tmp_path / "checkpoints/latest/2")
+    with caplog.at_level(logging.WARNING), Checkpoints(tmp_path, "latest", num_kept=2) as checkpoints:
+        state, _ = checkpoints.restore(abstract(make_state(0)))
+    assert int(state.step) == 1
+    assert "cannot be read" in caplog.text
+    damage(tmp_path / "checkpoints/latest/1")
+    with Checkpoints(tmp_path, "latest", num_kept=2) as checkpoints:
+        with pytest.raises(UserError, match="no checkpoint can be read"):
+            checkpoints.restore(abstract(make_state(0)))

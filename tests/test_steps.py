@@ -1,0 +1,106 @@
+"""One training step against its parts written out, and what masks, NaN and the evaluation step do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from cxa_jax.data.augment import normalize_images, to_rgb
+from cxa_jax.evidence import linearized_evidence
+from cxa_jax.losses import weighted_binary_cross_entropy
+from cxa_jax.models.cxa import CardioXAttentionNet
+from cxa_jax.optimizer import create_optimizer
+from cxa_jax.steps import make_eval_step, make_train_step, mean_of_valid
+from cxa_jax.train_state import create_train_state
+
+WEIGHTS = (0.6, 2.0)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    config = tiny.make_config(**{"augment.enabled": False})
+    model = CardioXAttentionNet(tiny.BACKBONES["tiny"](), dropout=0.0)
+    tx = create_optimizer(0.1, 0.9)
+    state = create_train_state(jax.random.key(1), model, tx, tiny.SIZE)
+    step = jax.jit(make_train_step(model, tx, jax.random.key(0), WEIGHTS, "min_max", config.augment))
+    rng = np.random.default_rng(5)
+    batch = {
+        "image": rng.integers(0, 256, (6, tiny.SIZE, tiny.SIZE, 1)).astype(np.uint8),
+        "label": rng.integers(0, 2, 6).astype(np.int32),
+        "mask": np.array([True, True, False, True, True, True]),
+    }
+    return model, state, step, batch
+
+
+def test_step_is_loss_gradient_and_sgd(parts):
+    model, state, step, batch = parts
+    new_state, metrics = step(state, batch, np.float32(0.3))
+    images = to_rgb(normalize_images(batch["image"], "min_max"), "min_max")
+
+    @jax.jit
+    def loss(params):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        (logits, _), updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        losses = weighted_binary_cross_entropy(logits, batch["label"], WEIGHTS)
+        return losses[batch["mask"]].sum() / 5, updated["batch_stats"]
+
+    value, batch_stats = loss(state.params)
+    gradient = jax.jit(jax.grad(loss, has_aux=True))(state.params)[0]
+    assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)  # noqa: E731
+    jax.tree.map(close, new_state.batch_stats, batch_stats)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * 0.3 * g, state.params, gradient)
+    jax.tree.map(close, new_state.params, expected)
+    assert int(new_state.step) == 1 and bool(new_state.healthy)
+
+
+def test_masked_row_has_no_say_in_the_loss(parts):
+    _, state, step, batch = parts
+    flipped = batch | {"label": np.where(batch["mask"], batch["label"], 1 - batch["label"])}
+    one, other = step(state, batch, np.float32(1)), step(state, flipped, np.float32(1))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    valid = batch | {"mask": np.ones(6, bool)}
+    assert float(step(state, valid, np.float32(1))[1]["loss"]) != float(one[1]["loss"])
+
+
+def test_unhealthy_step_freezes_the_state_for_good(parts):
+    _, state, step, batch = parts
+    broken = state.replace(params=jax.tree.map(lambda x: x.at[...].set(jnp.nan), state.params))
+    frozen, metrics = step(broken, batch, np.float32(1))
+    assert not bool(metrics["healthy"])
+    assert int(frozen.step) == 0
+    jax.tree.map(np.testing.assert_array_equal, frozen.batch_stats, state.batch_stats)
+    healed = frozen.replace(params=state.params)
+    again, metrics = step(healed, batch, np.float32(1))
+    assert not bool(metrics["healthy"]) and int(again.step) == 0
+
+
+def test_same_keys_same_step_other_step_other_augmentation():
+    config = tiny.make_config()
+    model = CardioXAttentionNet(tiny.BACKBONES["tiny"]())
+    tx = create_optimizer(0.1, 0.9)
+    state = create_train_state(jax.random.key(1), model, tx, tiny.SIZE)
+    step = jax.jit(make_train_step(model, tx, jax.random.key(0), WEIGHTS, "min_max", config.augment))
+    image = np.random.default_rng(0).integers(0, 256, (4, tiny.SIZE, tiny.SIZE, 1)).astype(np.uint8)
+    batch = {"image": image, "label": np.array([0, 1, 0, 1], np.int32), "mask": np.ones(4, bool)}
+    losses = [float(step(state.replace(step=jnp.int32(n)), batch, np.float32(1))[1]["loss"]) for n in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_eval_step_gives_logits_attention_and_evidence(parts):
+    model, state, _, batch = parts
+    out = jax.jit(make_eval_step(model, "min_max"))(state.variables, batch["image"])
+    images = to_rgb(normalize_images(batch["image"], "min_max"), "min_max")
+    logits, parts_ = jax.jit(lambda v, x: model.apply(v, x, train=False))(state.variables, images)
+    np.testing.assert_allclose(out["logit"], logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(out["attention"], parts_["attention"][..., 0], rtol=1e-5)
+    head = lambda pooled: model.apply(state.variables, pooled, method="classify")  # noqa: E731
+    evidence = linearized_evidence(head, parts_["features"], parts_["weights"])
+    np.testing.assert_allclose(out["evidence"], evidence, rtol=1e-3, atol=1e-5)
+
+
+def test_mean_of_valid():
+    values, mask = jnp.array([1.0, jnp.nan, 4.0]), jnp.array([True, False, True])
+    assert float(mean_of_valid(values, mask)) == 2.5
+    assert float(mean_of_valid(values, jnp.zeros(3, bool))) == 0

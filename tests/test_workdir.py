@@ -1,0 +1,79 @@
+"""The run folder: strict JSON, atomic files, and which changes make another run of it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from configs import dense121
+from cxa_jax.errors import UserError
+from cxa_jax.workdir import (
+    check_same_run,
+    describe_environment,
+    flatten_config,
+    open_workdir,
+    to_json,
+    write_atomically,
+)
+
+
+def test_json_is_strict_and_takes_numpy():
+    text = to_json({"a": float("nan"), "b": np.float32(0.5), "c": np.arange(2), "d": (1, float("inf"))})
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": None, "b": 0.5, "c": [0, 1], "d": [1, None]}
+
+
+def test_write_is_all_or_nothing(tmp_path):
+    path = tmp_path / "file.txt"
+    write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "new \udcff")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_workdir_must_be_creatable(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--workdir="):
+        open_workdir(tmp_path / "file" / "run")
+    assert open_workdir(tmp_path / "ünï code").is_dir()
+
+
+def test_environment_names_versions_and_commit():
+    environment = describe_environment()
+    assert environment["packages"]["jax"]
+    assert environment["commit"]
+    json.dumps(environment)
+
+
+def make_meta(config):
+    return {"config": json.loads(json.dumps(flatten_config(config))), "fingerprint": "f"}
+
+
+def test_same_config_is_the_same_run(tmp_path):
+    meta = make_meta(dense121.get_config())
+    assert check_same_run(meta, dense121.get_config(), "f", tmp_path) == []
+
+
+@pytest.mark.parametrize("field, value", [("data.data_dir", "x"), ("train.num_epochs", 3), ("data.num_threads", 0)])
+def test_free_fields_may_change(field, value, tmp_path):
+    config = dense121.get_config()
+    meta = make_meta(config)
+    config.update_from_flattened_dict({field: value})
+    assert check_same_run(meta, config, "f", tmp_path) == []
+
+
+@pytest.mark.parametrize("field, value", [("seed", 1), ("train.batch_size", 3), ("augment.brightness", (0.5, 1.5))])
+def test_other_fields_are_refused_by_name_unless_told(field, value, tmp_path):
+    config = dense121.get_config()
+    meta = make_meta(config)
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=f"config.{field}: "):
+        check_same_run(meta, config, "f", tmp_path)
+    config.train.resume_changed = True
+    assert len(check_same_run(meta, config, "f", tmp_path)) == 1
+
+
+def test_other_data_is_refused(tmp_path):
+    config = dense121.get_config()
+    with pytest.raises(UserError, match="data fingerprint"):
+        check_same_run(make_meta(config), config, "g", tmp_path)
