@@ -39,7 +39,8 @@ def write_history(path: pathlib.Path, history: list[Row]) -> None:
     """Write rows as CSV, all or nothing; floats in full."""
     text = io.StringIO()
     if history:
-        writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
+        fields = dict.fromkeys(name for row in history for name in row)
+        writer = csv.DictWriter(text, fieldnames=list(fields), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
     write_atomically(path, text.getvalue())

@@ -207,6 +207,7 @@ def end_epoch(run: Run, state: TrainState, progress: Progress) -> Progress:
         "dev_loss": compute_loss(predictions),
         "dev_loss_weighted": compute_loss(predictions, run.class_weights),
         "dev_auroc": compute_auroc(predictions.label, predictions.logit) if finite else float("nan"),
+        "data": run.dataset.name,
     }
     monitored = -row["dev_auroc"] if config.train.select_by == "dev_auroc" else row[config.train.select_by]
     ended = progress.end_epoch(monitored, row["step"], row, config.optimizer)

@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-# Before any test imports jax. Compiled programs are kept, here and for the processes that tests start: most tests compile
+# Before any test imports jax. Compiled programs are kept, for this process and those that tests start: most compile
 # the same few tiny networks.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache/xla"))

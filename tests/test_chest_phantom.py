@@ -48,13 +48,13 @@ def test_records_are_the_drawings(prepared):
     for records in read(prepared).values():
         assert [record["id"] for record in records] == sorted(record["id"] for record in records)
         for record in records:
-            patient, image = record["id"][1:].split("_")
+            patient, image = record["id"].removeprefix("phantom").split("_")
             drawing = phantom_render.draw(spec, SIZE, (int(patient), int(image)))
             np.testing.assert_array_equal(record["image"], drawing.image[..., None])
             np.testing.assert_array_equal(record["heart_mask"], drawing.heart_mask[..., None])
             np.testing.assert_array_equal(record["boxes"], np.array([drawing.box], np.float32))
             assert record["image"].dtype == record["heart_mask"].dtype == np.uint8
-            assert record["patient"] == f"p{patient}"
+            assert record["patient"] == f"phantom{patient}"
             assert record["label"] == drawing.latents.label
             assert record["findings"] == ("Cardiomegaly" if record["label"] else "No Finding")
             assert record["ctr"] == np.float32(drawing.latents.ctr)

@@ -1,8 +1,4 @@
-import multiprocessing
-import os
 import pathlib
-import signal
-import time
 
 import cv2
 import numpy as np
@@ -130,39 +126,6 @@ def test_convert_images_names_every_bad_file_in_one_error(tmp_path):
         paths[i].write_bytes(paths[i].read_bytes()[:200])
     with pytest.raises(UserError, match=r"(?s)3 of 40 images.*03\.png.*20\.png.*39\.png"):
         list(images.convert_images(paths, 8, 1))
-
-
-def _run_and_never_finish(paths: list[pathlib.Path], pids) -> None:
-    for _ in images.convert_images(paths, 8, 2):
-        for child in multiprocessing.active_children():
-            pids.put(child.pid)
-        time.sleep(60)
-
-
-@pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="asks Linux which processes live")
-def test_workers_end_when_their_parent_is_killed(tmp_path):
-    paths = [_save(tmp_path / f"{i}.png", Image.fromarray(GREY)) for i in range(200)]
-    context = multiprocessing.get_context("spawn")
-    pids = context.Queue()
-    parent = context.Process(target=_run_and_never_finish, args=(paths, pids))
-    parent.start()
-    workers = [pathlib.Path(f"/proc/{pids.get(timeout=60)}") for _ in range(2)]
-    parent.kill()
-    parent.join()
-    deadline = time.monotonic() + 20
-    while any(_is_running(worker) for worker in workers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    survivors = [int(worker.name) for worker in workers if _is_running(worker)]
-    for pid in survivors:
-        os.kill(pid, signal.SIGKILL)
-    assert not survivors
-
-
-def _is_running(process: pathlib.Path) -> bool:
-    try:
-        return (process / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 @pytest.mark.skipif(not (REAL / "chestxray14_1024").is_dir(), reason="the real images are not here")

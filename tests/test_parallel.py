@@ -3,6 +3,10 @@
 import math
 import operator
 import os
+import pathlib
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -59,3 +63,35 @@ def test_zero_workers_means_all_cores():
 
 def process_id(task):
     return os.getpid()
+
+
+PARENT = """
+import operator, time
+from cxa_jax.data.parallel import ordered_map
+for result in ordered_map(operator.neg, range(9), 2):
+    print(result, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="asks Linux which processes live")
+def test_workers_end_when_their_parent_is_killed():
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert parent.stdout.readline().strip() == "0"
+    workers = pathlib.Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    assert len(workers) == 2
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while any(is_running(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in workers if is_running(pid)]
+
+
+def is_running(pid):
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

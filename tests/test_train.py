@@ -37,7 +37,7 @@ def uncut(tmp_path_factory):
 
 def run_program(workdir, *arguments, devices=1):
     environment = os.environ | {
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
     command = [sys.executable, str(PROGRAM), f"--workdir={workdir}", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -163,11 +163,11 @@ def _make_examples(keys: list[Key], stream: Iterator[phantom_render.Drawing]) ->
     # `keys` first: zip then stops before it takes a drawing of the next shard.
     for (patient, image), drawing in zip(keys, stream, strict=False):
         latents = drawing.latents
-        image_id = f"p{patient:06d}_{image}"
+        image_id = f"phantom{patient:06d}_{image}"
         record = {
             "image": drawing.image[..., None],
             "id": image_id,
-            "patient": f"p{patient:06d}",
+            "patient": f"phantom{patient:06d}",
             "label": latents.label,
             "findings": "Cardiomegaly" if latents.label else "No Finding",
             "view": latents.view,

@@ -1,26 +1,23 @@
 """Image files to 8-bit grey: one at a time, or many on all cores. Light to import: worker processes load it."""
 
-import collections
-import concurrent.futures
 import contextlib
 import itertools
-import multiprocessing
 import os
 import pathlib
 import struct
-import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from cxa_jax.data.parallel import ordered_map
 from cxa_jax.errors import UserError
 
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _RANGE_BITS = (8, 12, 16)  # what scanners and exporters put into a 16-bit file
-_CHUNK = 16  # images a task: large enough to hide the hand-over, small enough to bound memory
+_CHUNK = 8  # images a task: large enough to hide the hand-over, small enough to bound memory
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
@@ -85,8 +82,6 @@ def load_grey(path: str | os.PathLike, size: int) -> GreyImage:
 def convert_images(paths: Sequence[pathlib.Path], size: int, num_workers: int) -> Iterator[GreyImage]:
     """Convert many files on several processes, in order, a bounded number ahead of the reader.
 
-    Workers are spawned: a script that calls this needs the usual `if __name__ == "__main__"` guard.
-
     Args:
       paths: The files.
       size: Side of the results in px.
@@ -98,19 +93,13 @@ def convert_images(paths: Sequence[pathlib.Path], size: int, num_workers: int) -
     Raises:
       UserError: at the first file that cannot be read, after all the others were tried; it names every bad file.
     """
-    num_workers = num_workers or count_cores()
     chunks = [(paths[i : i + _CHUNK], size) for i in range(0, len(paths), _CHUNK)]
-    results = itertools.chain.from_iterable(_ordered_map(_convert_chunk, chunks, num_workers))
+    results = itertools.chain.from_iterable(ordered_map(_convert_chunk, chunks, num_workers))
     for result in results:
         if isinstance(result, str):
             bad = [result, *(other for other in results if isinstance(other, str))]
             raise UserError(f"{len(bad)} of {len(paths)} images cannot be read; fetch them again:\n" + "\n".join(bad))
         yield result
-
-
-def count_cores() -> int:
-    """Return the number of cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _convert_chunk(task: tuple[Sequence[pathlib.Path], int]) -> list[GreyImage | str]:
@@ -123,32 +112,6 @@ def _load_or_complain(path: pathlib.Path, size: int) -> GreyImage | str:
         return load_grey(path, size)
     except UserError as error:
         return str(error)
-
-
-def _ordered_map(function: Callable, tasks: Iterable, num_workers: int) -> Iterator:
-    if num_workers == 1:
-        yield from map(function, tasks)
-        return
-    # Spawned, not forked: the parent holds threads (and perhaps an accelerator) that do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(num_workers, context, _follow_parent) as pool:
-        pending = collections.deque()
-        for task in tasks:
-            pending.append(pool.submit(function, task))
-            if len(pending) > 2 * num_workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
-def _follow_parent() -> None:
-    """End this worker when its parent is gone: killed outright, the parent tells its workers nothing."""
-
-    def wait() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextlib.contextmanager
