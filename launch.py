@@ -9,15 +9,14 @@
 Any field of configs/common.py can be overridden: --config.train.batch_size=32.
 """
 
-import logging
 import os
 import pathlib
 import sys
 
 from absl import app, flags
-from absl import logging as absl_logging
 from ml_collections import config_flags
-from tqdm import tqdm
+
+from cxa_jax.console import log_to_console
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with variants: FILE[:VARIANT,...].", lock_config=True
@@ -25,13 +24,17 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; by default runs/NAME, named after config and variants."
 )
+# What absl, ml_collections and a broken config file raise.
+CONFIG_ERRORS = (
+    flags.Error, AttributeError, ImportError, LookupError, NameError, OSError, SyntaxError, TypeError, ValueError,
+)  # fmt: skip
 MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "prepare"], "What to do.")
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: unexpected argument(s) {' '.join(argv[1:])}; flags look like --config=FILE")
-    _log_to_console()
+    log_to_console()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path("~/.cache/cxa_jax/xla").expanduser()))
     from cxa_jax.errors import UserError  # after the flags: --help should not wait for jax
 
@@ -50,7 +53,7 @@ def main(argv: list[str]) -> None:
             from cxa_jax.train import train_and_evaluate
 
             train_and_evaluate(config, workdir)
-    except UserError as error:
+    except (UserError, OSError) as error:  # an OSError names its file: no space, no permission, no such folder
         sys.exit(f"error: {error}")
 
 
@@ -61,26 +64,11 @@ def parse_flags(argv: list[str]) -> list[str]:
         if CONFIG.value is None or not CONFIG.value.name:  # a config file that failed to load fails here
             sys.exit("error: --config is required, such as --config=configs/dense121.py")
         return rest
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except CONFIG_ERRORS as error:
         lines = [line.strip() for line in str(error).replace("\\n", "\n").splitlines() if line.strip()]
         # ml_collections quotes a config file's whole traceback: its last line is what went wrong.
         shown = lines if "Traceback" not in str(error) else [lines[0], lines[-1]]
         sys.exit("error: " + "\n  ".join(shown) + "\nSee launch.py --help, and configs/common.py for every field.")
-
-
-class _ConsoleHandler(logging.Handler):
-    """Prints above a progress bar instead of through it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
-def _log_to_console() -> None:
-    absl_logging.set_verbosity(absl_logging.WARNING)  # orbax and TFDS tell a lot
-    logger = logging.getLogger("cxa_jax")
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    logger.addHandler(_ConsoleHandler())
 
 
 if __name__ == "__main__":

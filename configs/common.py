@@ -19,9 +19,7 @@ def get_config(name: str, backbone: str, variants: str = "") -> ConfigDict:
     config.data = _data()
     config.augment = _augment()
     config.model = _model(backbone)
-    config.init = ConfigDict(
-        {"keras_weights": ""}
-    )  # Keras applications weights to start from; '' = Glorot uniform (Table 3)
+    config.init = _init()
     config.optimizer = _optimizer()
     config.train = _train()
     config.eval = _eval()
@@ -90,6 +88,16 @@ def _model(backbone: str) -> ConfigDict:
     )
 
 
+def _init() -> ConfigDict:
+    # Where the backbone's weights come from; both empty: Glorot uniform (Table 3). AMM and head always start fresh.
+    return ConfigDict(
+        {
+            "keras_weights": "",  # file of Keras applications weights (R11)
+            "run": "",  # workdir of another run, such as one on phantoms: the backbone of its best state
+        }
+    )
+
+
 def _optimizer() -> ConfigDict:
     return ConfigDict(
         {
@@ -148,7 +156,7 @@ def _phantom(config: ConfigDict, num_patients: int, image_size: int) -> None:
 def _phantom_quick(config: ConfigDict) -> None:
     """Ten minutes on two cores: small phantoms, and a rate at which a few epochs learn something."""
     _phantom(config, num_patients=2000, image_size=64)
-    config.optimizer.learning_rate = 0.03
+    config.optimizer.learning_rate = 0.02
     config.train.num_epochs = 5
 
 
@@ -166,7 +174,10 @@ def _research(config: ConfigDict) -> None:
 
 
 def _nih_128(config: ConfigDict) -> None:
-    """ChestX-ray14 at 128 px, few positives, an hour on two cores: every positive and six negatives an epoch."""
+    """ChestX-ray14 at 128 px, few positives, two cores: every positive and six negatives an epoch.
+
+    Meant to start from a backbone that has seen phantoms: --config.init.run=runs/dense121-phantom_hour.
+    """
     _research(config)
     config.data.name = "chestxray14"
     config.data.image_size = 128
@@ -175,10 +186,10 @@ def _nih_128(config: ConfigDict) -> None:
     config.augment.rotation_deg = 7.0
     config.augment.brightness = (0.7, 1.3)
     config.train.batch_size = 32
-    config.train.num_epochs = 26
+    config.train.num_epochs = 10
     config.train.select_by = "dev_loss_weighted"
-    config.optimizer.learning_rate = 0.02
-    config.optimizer.plateau_patience = 4
+    config.optimizer.learning_rate = 0.005
+    config.optimizer.plateau_patience = 3
 
 
 VARIANTS = {

@@ -17,17 +17,29 @@ from cxa_jax.array_types import PyTree
 from cxa_jax.errors import UserError
 from cxa_jax.train_state import TrainState
 
+log = logging.getLogger(__name__)
+
 # What orbax and the file system raise for a checkpoint that is truncated, altered or half deleted.
 DAMAGE = (ValueError, KeyError, OSError)
 
 
 class Checkpoints:
-    """The states of one kind ('best' or 'latest') of a run; a context manager that waits for pending writes."""
+    """The states of one kind ('best' or 'latest') of a run; a context manager that waits for pending writes.
 
-    def __init__(self, workdir: pathlib.Path, kind: str, *, num_kept: int = 1):
+    With `read_only` nothing is created, cleaned up or deleted: for evaluation, also while a run is training.
+    """
+
+    def __init__(self, workdir: pathlib.Path, kind: str, *, num_kept: int = 1, read_only: bool = False):
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints" / kind
-        options = ocp.CheckpointManagerOptions(max_to_keep=num_kept, cleanup_tmp_directories=True, create=True)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else num_kept,
+            cleanup_tmp_directories=not read_only,  # a reader must not take away what a running process is writing
+            create=not read_only,
+            read_only=read_only,
+        )
+        handlers = {name: ocp.StandardCheckpointHandler() for name in ("params", "batch_stats", "opt_state")}
+        handlers["meta"] = ocp.JsonCheckpointHandler()
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -106,6 +118,22 @@ class Checkpoints:
 
         return self._first_sound(restore_step)
 
+    def restore_as_saved(self, sharding: jax.sharding.Sharding) -> tuple[dict[str, PyTree], dict[str, Any]] | None:
+        """Restore {'params', 'batch_stats'} in the shapes they were saved in, all with one sharding."""
+
+        def restore_step(step: int) -> tuple[dict[str, PyTree], dict[str, Any]]:
+            saved = self._manager.item_metadata(step)
+            mould = {
+                kind: jax.tree.map(
+                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), saved[kind].tree
+                )
+                for kind in ("params", "batch_stats")
+            }
+            items = self._restore(step, **{kind: ocp.args.StandardRestore(mould[kind]) for kind in mould})
+            return {kind: items[kind] for kind in mould}, {}
+
+        return self._first_sound(restore_step)
+
     def _restore(self, step: int, **items: Any) -> Any:
         return self._manager.restore(step, args=ocp.args.Composite(**items))
 
@@ -116,7 +144,7 @@ class Checkpoints:
                 return read(step)
             except DAMAGE as error:
                 problems.append(f"{self.directory / str(step)}: {str(error).splitlines()[0][:200]}")
-                logging.warning("checkpoint %s cannot be read, trying an older one", problems[-1])
+                log.warning("checkpoint %s cannot be read, trying an older one", problems[-1])
         if problems:
             raise UserError(
                 "no checkpoint can be read:\n  "
@@ -124,3 +152,22 @@ class Checkpoints:
                 + f"\nDelete {self.directory.parent} to start anew."
             )
         return None
+
+
+def load_backbone(workdir: pathlib.Path, backbone: str, abstract: TrainState) -> dict[str, PyTree]:
+    """Return the backbone's {'params', 'batch_stats'} of another run's best state.
+
+    Raises:
+      UserError: that run has no best state, or another backbone.
+    """
+    if not (workdir / "checkpoints" / "best").is_dir():
+        raise UserError(f"config.init.run={workdir} is no workdir with a best state")
+    with Checkpoints(workdir, "best", read_only=True) as best:
+        meta = best.read_meta()
+        if meta is None or meta["config"]["model.backbone"] != backbone:
+            found = "no best state" if meta is None else meta["config"]["model.backbone"]
+            raise UserError(f"config.init.run={workdir} has {found}; wanted is the best state of a {backbone}")
+        sharding = abstract.step.sharding
+        variables, _ = best.restore_as_saved(sharding)
+    log.info("backbone from %s, step %s", workdir, meta["progress"]["best_step"])
+    return {kind: variables[kind]["backbone"] for kind in variables}

@@ -1,8 +1,26 @@
-"""Progress on the console."""
+"""What a user sees while a command runs: log lines and progress bars."""
 
+import logging
 import sys
 
+from absl import logging as absl_logging
 from tqdm import tqdm
+
+
+class _Handler(logging.Handler):
+    """Prints above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def log_to_console() -> None:
+    """Show the package's log from INFO up, and errors of the others."""
+    absl_logging.set_verbosity(absl_logging.ERROR)  # orbax and TFDS tell a lot
+    logger = logging.getLogger("cxa_jax")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(_Handler())
 
 
 def progress_bar(total: int, description: str, *, initial: int = 0, disable: bool = False) -> tqdm:

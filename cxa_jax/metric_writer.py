@@ -15,10 +15,11 @@ Row = dict[str, Any]
 class MetricWriter:
     """Writes one row an epoch. The history travels in the checkpoint, so a resumed run loses and doubles no row."""
 
-    def __init__(self, workdir: pathlib.Path, first_step: int):
+    def __init__(self, workdir: pathlib.Path, first_step: int, data: str):
         self._csv = workdir / "metrics.csv"
         # purge_step hides the events of steps that a cut run logged and that will be done again.
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step, flush_secs=30)
+        self._events.add_text("data", data, first_step)
 
     def __enter__(self) -> "MetricWriter":
         return self

@@ -14,7 +14,7 @@ from cxa_jax.evaluate import Predictions, evaluate_split
 from cxa_jax.predictions import write_predictions
 from cxa_jax.report import compute_report, format_summary
 from cxa_jax.run import Run, create_run, log_run
-from cxa_jax.workdir import check_same_run, describe_environment, log_to_file, open_workdir, to_json, write_atomically
+from cxa_jax.workdir import check_same_run, describe_environment, log_to_file, to_json, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -28,15 +28,16 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     Raises:
       UserError: the workdir holds no checkpoint, or another run's.
     """
-    folder = open_workdir(workdir)
+    folder = pathlib.Path(workdir).expanduser().absolute()
+    if not (folder / "checkpoints" / "best").is_dir():
+        raise UserError(f"--workdir={folder} holds no checkpoint; train first: the same command with --mode=train")
     log_to_file(folder)
     run = create_run(config)
     size = config.eval.image_size or config.data.image_size
-    with Checkpoints(folder, "best") as best:
-        meta = best.read_meta()
-    if meta is None:
-        raise UserError(f"{folder} holds no checkpoint; train first: the same command with --mode=train")
-    check_same_run(meta, config, run.dataset.fingerprint, folder)
+    with Checkpoints(folder, "latest", read_only=True) as latest:
+        meta = latest.read_meta()
+    if meta is not None:  # the run as it is now: the best state may be from before a permitted change
+        check_same_run(meta, config, run.dataset.fingerprint, folder)
     if size == config.data.image_size:
         log_run(run)
         return write_outputs(run, folder, folder)
@@ -73,7 +74,7 @@ def restore_best(run: Run, folder: pathlib.Path) -> tuple[dict[str, PyTree], dic
       UserError: there is none, which after training means that no dev loss was a number.
     """
     abstract = run.abstract_state
-    with Checkpoints(folder, "best") as best:
+    with Checkpoints(folder, "best", read_only=True) as best:
         restored = best.restore_variables({"params": abstract.params, "batch_stats": abstract.batch_stats})
     if restored is None:
         raise UserError(f"{folder} has no best checkpoint: no epoch ended with a finite dev loss; see metrics.csv")

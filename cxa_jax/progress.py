@@ -55,6 +55,13 @@ class Progress:
         """Return the record at the start of the epoch under way."""
         return dataclasses.replace(self, epoch_step=0, loss_sum=0.0, num_images=0)
 
+    def forget_best(self) -> "Progress":
+        """Return the record with both rules and the best epoch started anew; the learning rate's scale stays."""
+        plateau = PlateauState(scale=self.plateau.scale)
+        return dataclasses.replace(
+            self, plateau=plateau, early_stop=EarlyStopState(), best_loss=float("inf"), best_step=-1
+        )
+
     @property
     def train_loss(self) -> float:
         """Mean training loss of the epoch under way, over images."""

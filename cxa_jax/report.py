@@ -119,7 +119,7 @@ def describe_thumbnail_baseline(run: Run, test: Predictions) -> dict[str, Any] |
 
 
 def _read_thumbnails(split: Split) -> np.ndarray:
-    images = (split.source[row]["image"] for row in range(len(split.source)))
+    images = (split.read_image(row) for row in range(len(split.source)))
     return np.concatenate([compute_thumbnail_features(image[None]) for image in images])
 
 

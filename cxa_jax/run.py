@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,11 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from cxa_jax.array_types import PyTree
+from cxa_jax.checkpointing import load_backbone
+from cxa_jax.config_checks import check_config
 from cxa_jax.data.datasets import Dataset, describe_splits, load_dataset, shared_patients
 from cxa_jax.data.pipeline import epoch_labels
-from cxa_jax.errors import UserError
 from cxa_jax.losses import compute_class_weights
 from cxa_jax.models import CardioXAttentionNet, create_model
 from cxa_jax.models.keras_import import KERAS_PREPROCESSING, load_keras_weights
@@ -58,13 +61,22 @@ class Run:
         """Draw fresh parameters (Glorot uniform), import the backbone's if asked; replicated over the mesh."""
         key = jax.random.fold_in(self.root_key, INIT)
         state = create_train_state(key, self.model, self.tx, self.config.data.image_size)
-        if self.config.init.keras_weights:
-            imported = load_keras_weights(self.config.model.backbone, self.config.init.keras_weights)
+        imported = self._load_backbone()
+        if imported is not None:
             state = state.replace(
                 params=state.params | {"backbone": imported["params"]},
                 batch_stats=state.batch_stats | {"backbone": imported["batch_stats"]},
             )
         return jax.device_put(state, replicated(self.mesh))
+
+    def _load_backbone(self) -> dict[str, PyTree] | None:
+        init, backbone = self.config.init, self.config.model.backbone
+        if init.keras_weights:
+            log.info("backbone from %s", init.keras_weights)
+            return load_keras_weights(backbone, init.keras_weights)
+        if init.run:
+            return load_backbone(pathlib.Path(init.run).expanduser(), backbone, self.abstract_state)
+        return None
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
@@ -89,6 +101,7 @@ def create_run(config: ConfigDict) -> Run:
     check_batch_size("config.train.batch_size", config.train.batch_size, mesh)
     check_batch_size("config.eval.batch_size", config.eval.batch_size, mesh)
     model = create_model(config.model)
+    check_config(config, model.backbone.min_size)
     dataset = load_dataset(config.data)
     normalization = choose_normalization(config)
     tx = create_optimizer(config.optimizer.learning_rate, config.optimizer.momentum)
@@ -113,19 +126,8 @@ def create_run(config: ConfigDict) -> Run:
 
 
 def choose_normalization(config: ConfigDict) -> str:
-    """Return the input normalisation: that of the imported weights if there are any (A17), else the config's.
-
-    Raises:
-      UserError: 'imagenet' without imported weights, or a name that is none.
-    """
-    if config.init.keras_weights:
-        return KERAS_PREPROCESSING[config.model.backbone]
-    if config.data.normalization not in ("min_max", "div255"):
-        raise UserError(
-            f"config.data.normalization={config.data.normalization!r} is not one of min_max, div255 "
-            "(ImageNet's own comes with --config.init.keras_weights=FILE)"
-        )
-    return config.data.normalization
+    """Return the input normalisation: that of the imported weights if there are any (A17), else the config's."""
+    return KERAS_PREPROCESSING[config.model.backbone] if config.init.keras_weights else config.data.normalization
 
 
 def log_run(run: Run) -> None:
@@ -139,13 +141,17 @@ def log_run(run: Run) -> None:
     log.info("class weights: %.4f (no finding), %.4f (cardiomegaly)", *run.class_weights)
     log.info("input normalisation: %s", run.normalization)
     backbone, pooling = run.config.model.backbone, run.config.model.pooling
-    params = run.abstract_state.params
-    sizes = {name: parameter_overview.count_parameters(params[name]) for name in params}
-    log.info(
-        "model: %s + %s, %s graph; trainable parameters: %s, in all %s",
-        backbone,
-        pooling,
-        run.model.backbone.implementation,
-        ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
-        f"{sum(sizes.values()):,}",
-    )
+    log.info("model: %s + %s, %s graph", backbone, pooling, run.model.backbone.implementation)
+    log.info("%s", describe_parameters(run.abstract_state))
+
+
+def describe_parameters(state: TrainState) -> str:
+    """Return a table of the network's parts: trainable parameters and batch-norm statistics."""
+    lines = [f"{'part':<28}{'trainable':>12}{'statistics':>12}"]
+    parts = [(f"{name}/{part}", name, part) for name in state.params for part in state.params[name]]
+    for title, name, part in parts:
+        statistics = state.batch_stats.get(name, {}).get(part, {})
+        trainable = parameter_overview.count_parameters(state.params[name][part])
+        lines.append(f"{title:<28}{trainable:>12,}{parameter_overview.count_parameters(statistics):>12,}")
+    totals = (parameter_overview.count_parameters(tree) for tree in (state.params, state.batch_stats))
+    return "\n".join([*lines, "{:<28}{:>12,}{:>12,}".format("in all", *totals)])

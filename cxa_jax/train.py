@@ -26,18 +26,15 @@ from cxa_jax.run import Run, create_run, log_run
 from cxa_jax.sharding import put_batch, replicated
 from cxa_jax.train_state import TrainState
 from cxa_jax.workdir import (
+    append_environment,
     check_same_run,
-    describe_environment,
     flatten_config,
     log_to_file,
     open_workdir,
-    to_json,
     write_atomically,
 )
 
 log = logging.getLogger(__name__)
-
-MONITORED = ("dev_loss", "dev_loss_weighted", "dev_auroc")
 
 
 def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
@@ -51,8 +48,6 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
     Raises:
       UserError: config, data or workdir cannot be used, or the loss stopped being finite; the message has the cure.
     """
-    if config.train.select_by not in MONITORED:
-        raise UserError(f"config.train.select_by={config.train.select_by!r} is not one of {', '.join(MONITORED)}")
     folder = open_workdir(workdir)
     log_to_file(folder)
     run = create_run(config)
@@ -61,15 +56,15 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
         state, progress, iterator = start_or_resume(run, folder, latest)
         if progress.epoch == 0:
             figures.save_augmentation_grid(run, folder / "augmentation.png")
-        with MetricWriter(folder, first_step=int(state.step) + 1) as writer:
+        with MetricWriter(folder, first_step=int(state.step) + 1, data=run.dataset.description) as writer:
             while progress.epoch < config.train.num_epochs and not progress.early_stop.stop:
                 state, progress = train_epoch(run, state, progress, iterator, latest)
                 progress = end_epoch(run, state, progress)
                 if progress.best_step == int(state.step):
                     best.save(state, make_meta(run, progress, iterator))
                     best.wait()  # the best is on disk before a newer latest can point to it
+                writer.write(list(progress.history))  # first: a cut between the two writes the same row again
                 latest.save(state, make_meta(run, progress, iterator))
-                writer.write(list(progress.history))
     return write_outputs(run, folder, folder)
 
 
@@ -82,7 +77,7 @@ def start_or_resume(run: Run, folder: pathlib.Path, latest: Checkpoints) -> tupl
     meta = latest.read_meta()  # first alone: another network's arrays would not fit the mould
     changes = check_same_run(meta, run.config, run.dataset.fingerprint, folder) if meta else []
     write_atomically(folder / "config.json", run.config.to_json_best_effort(indent=2) + "\n")
-    write_atomically(folder / "environment.json", to_json(describe_environment()))
+    append_environment(folder, run.dataset.name)
     restored = latest.restore(run.abstract_state) if meta else None
     split, size = run.dataset.splits["train"], run.config.train.batch_size
     if restored is None:
@@ -92,6 +87,8 @@ def start_or_resume(run: Run, folder: pathlib.Path, latest: Checkpoints) -> tupl
     progress = Progress.from_meta(meta["progress"])
     if changes and progress.epoch_step:
         progress = progress.restart_epoch()  # the order within the epoch may be another one now
+    if any(change.startswith(("data ", "config.data.", "config.train.")) for change in changes):
+        progress = progress.forget_best()  # dev values from before and after cannot be compared
     position = progress.epoch * steps_per_epoch(split, run.config.data, size) + progress.epoch_step
     iterator = make_train_iterator(split, run.config.data, batch_size=size, seed=run.config.seed, start_step=position)
     if not changes:

@@ -31,6 +31,10 @@ FREE_FIELDS = (
     "train.num_epochs",
     "train.checkpoint_every_steps",
     "train.resume_changed",
+    "eval.batch_size",
+    "eval.image_size",
+    "eval.overlay_intensity",
+    "eval.num_bootstrap",
 )
 
 
@@ -84,6 +88,13 @@ def log_to_file(workdir: pathlib.Path) -> None:
         logger.removeHandler(other)
         other.close()
     logger.addHandler(handler)
+
+
+def append_environment(workdir: pathlib.Path, data: str) -> None:
+    """Add this session to environment.json, a list with one entry for each start: a resumed run has several."""
+    path = workdir / "environment.json"
+    sessions = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    write_atomically(path, to_json([*sessions, describe_environment() | {"data": data}]))
 
 
 def describe_environment() -> dict[str, Any]:
@@ -142,13 +153,20 @@ def describe_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
+def _shapes_arrays(change: str) -> bool:
+    return change.split(":")[0].removeprefix("config.model.") in ("backbone", "pooling", "head")
+
+
 def check_same_run(meta: dict[str, Any], config: ConfigDict, fingerprint: str, workdir: pathlib.Path) -> list[str]:
     """Return the differences between a checkpoint's run and this one, if resuming is allowed all the same.
 
     Raises:
-      UserError: config or data differ and config.train.resume_changed is False.
+      UserError: config or data differ and config.train.resume_changed is False, or the network is another one.
     """
     changes = describe_changes(meta["config"], flatten_config(config))
+    other_network = [change for change in changes if change.startswith("config.model.") and _shapes_arrays(change)]
+    if other_network:
+        raise UserError(f"{workdir} holds another network; choose another --workdir:\n  " + "\n  ".join(other_network))
     if meta["fingerprint"] != fingerprint:
         changes.append(f"data fingerprint: {meta['fingerprint'][:12]} -> {fingerprint[:12]}")
     if changes and not config.train.resume_changed:

@@ -13,7 +13,8 @@ FLOORS = [
     {"errors", "array_types", "console"},
     {"pooling", "losses", "metrics", "heat_maps", "boxes", "predictions", "optimizer", "workdir"},
     {"evidence", "statistics", "calibration", "thumbnail"},
-    {"comparison", "prevalence", "localization", "data", "models", "metric_writer", "progress", "sharding"},
+    {"comparison", "prevalence", "localization", "data", "models"},
+    {"metric_writer", "progress", "sharding", "config_checks"},
     {"train_state"},
     {"steps", "checkpointing"},
     {"evaluate", "run"},
@@ -90,4 +91,4 @@ def test_files_are_small_and_documented(path):
 
 def test_launch_has_no_logic():
     lines = (PACKAGE.parent / "launch.py").read_text().splitlines()
-    assert len(lines) <= 90
+    assert len(lines) <= 80

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cxa_jax.checkpointing import Checkpoints
+from cxa_jax.checkpointing import Checkpoints, load_backbone
 from cxa_jax.errors import UserError
 from cxa_jax.train_state import TrainState
 
@@ -84,3 +84,30 @@ def test_damage_falls_back_to_the_older_and_says_so(tmp_path, caplog):
     with Checkpoints(tmp_path, "latest", num_kept=2) as checkpoints:
         with pytest.raises(UserError, match="no checkpoint can be read"):
             checkpoints.restore(abstract(make_state(0)))
+
+
+def test_a_reader_changes_nothing(tmp_path):
+    with Checkpoints(tmp_path, "best") as checkpoints:
+        checkpoints.save(make_state(3), {})
+    unfinished = tmp_path / "checkpoints/best/4.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    with Checkpoints(tmp_path, "best", read_only=True) as checkpoints:
+        assert checkpoints.steps() == [3]
+    assert unfinished.exists()
+
+
+def test_backbone_of_another_run(tmp_path):
+    state = make_state(3).replace(
+        params={"backbone": {"kernel": jnp.arange(6.0)}, "head": jnp.ones(2)},
+        batch_stats={"backbone": {"mean": jnp.arange(3.0)}},
+    )
+    with Checkpoints(tmp_path, "best") as best:
+        best.save(state, {"config": {"model.backbone": "resnet50"}, "progress": {"best_step": 3}})
+    mould = abstract(make_state(0))
+    loaded = load_backbone(tmp_path, "resnet50", mould)
+    np.testing.assert_array_equal(loaded["params"]["kernel"], np.arange(6.0))
+    np.testing.assert_array_equal(loaded["batch_stats"]["mean"], np.arange(3.0))
+    with pytest.raises(UserError, match="has resnet50; wanted is the best state of a densenet121"):
+        load_backbone(tmp_path, "densenet121", mould)
+    with pytest.raises(UserError, match="no workdir with a best state"):
+        load_backbone(tmp_path / "nowhere", "resnet50", mould)

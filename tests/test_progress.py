@@ -34,6 +34,15 @@ def test_round_trip_through_json():
     assert again.end_epoch(0.4, 6, {}, OPTIMIZER).best_step == 6
 
 
+def test_forgetting_the_best_starts_the_rules_anew_but_keeps_the_rate():
+    progress = Progress()
+    for _ in range(16):
+        progress = progress.end_epoch(0.5, 3, {}, OPTIMIZER)
+    forgotten = progress.forget_best()
+    assert forgotten.plateau.scale == progress.plateau.scale == 0.3
+    assert forgotten.end_epoch(0.9, 7, {}, OPTIMIZER).best_step == 7
+
+
 def test_restarted_epoch_forgets_its_steps():
     progress = Progress().end_epoch(0.5, 3, {}, OPTIMIZER).add_step(2.0, 4).restart_epoch()
     assert (progress.epoch, progress.epoch_step, progress.loss_sum, progress.num_images) == (1, 0, 0.0, 0)

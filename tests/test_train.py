@@ -168,6 +168,21 @@ def test_nan_stops_with_step_rate_and_ids_and_keeps_the_last_good_state(tmp_path
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.params)))
 
 
+def test_evaluate_at_another_size(uncut, monkeypatch):
+    sizes = []
+
+    def load(config):
+        sizes.append(config.image_size)
+        return tiny.make_dataset(size=config.image_size)
+
+    monkeypatch.setattr(run_module, "load_dataset", load)
+    before = (uncut / "metrics.json").read_bytes()
+    report = evaluate(tiny.make_config(**{"eval.image_size": 96}), str(uncut))
+    assert sizes == [64, 96] and report["image_size"] == 96
+    assert (uncut / "eval_96/predictions_test.csv").exists()
+    assert (uncut / "metrics.json").read_bytes() == before
+
+
 def test_evaluate_without_training_says_so(tmp_path):
     with pytest.raises(UserError, match="no checkpoint"):
         evaluate(tiny.make_config(), str(tmp_path))

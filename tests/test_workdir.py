@@ -8,6 +8,7 @@ import pytest
 from configs import dense121
 from cxa_jax.errors import UserError
 from cxa_jax.workdir import (
+    append_environment,
     check_same_run,
     describe_environment,
     flatten_config,
@@ -54,7 +55,9 @@ def test_same_config_is_the_same_run(tmp_path):
     assert check_same_run(meta, dense121.get_config(), "f", tmp_path) == []
 
 
-@pytest.mark.parametrize("field, value", [("data.data_dir", "x"), ("train.num_epochs", 3), ("data.num_threads", 0)])
+@pytest.mark.parametrize(
+    "field, value", [("data.data_dir", "x"), ("eval.image_size", 64), ("train.num_epochs", 3), ("data.num_threads", 0)]
+)
 def test_free_fields_may_change(field, value, tmp_path):
     config = dense121.get_config()
     meta = make_meta(config)
@@ -71,6 +74,23 @@ def test_other_fields_are_refused_by_name_unless_told(field, value, tmp_path):
         check_same_run(meta, config, "f", tmp_path)
     config.train.resume_changed = True
     assert len(check_same_run(meta, config, "f", tmp_path)) == 1
+
+
+@pytest.mark.parametrize("field, value", [("backbone", "resnet50"), ("pooling", "gap"), ("head", "linear")])
+def test_another_network_is_refused_even_if_told(field, value, tmp_path):
+    config = dense121.get_config()
+    meta = make_meta(config)
+    config.model[field] = value
+    config.train.resume_changed = True
+    with pytest.raises(UserError, match="another network"):
+        check_same_run(meta, config, "f", tmp_path)
+
+
+def test_each_start_adds_itself_to_the_environment(tmp_path):
+    for _ in range(2):
+        append_environment(tmp_path, "chest_phantom")
+    sessions = json.loads((tmp_path / "environment.json").read_text())
+    assert [session["data"] for session in sessions] == ["chest_phantom"] * 2
 
 
 def test_other_data_is_refused(tmp_path):

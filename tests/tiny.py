@@ -37,14 +37,14 @@ def make_config(**fields):
     return config.lock()
 
 
-def make_split(name: str, num_images: int, seed: int) -> Split:
+def make_split(name: str, num_images: int, seed: int, size: int) -> Split:
     """Return noise images; positives have a bright box, which is also their true box and heart."""
     rng = np.random.default_rng(seed)
     records = []
     for i in range(num_images):
         label = int(rng.random() < 0.4) if i > 3 else i % 2
-        image = rng.integers(0, 180, (SIZE, SIZE, 1)).astype(np.uint8)
-        heart = np.zeros((SIZE, SIZE, 1), np.uint8)
+        image = rng.integers(0, 180, (size, size, 1)).astype(np.uint8)
+        heart = np.zeros((size, size, 1), np.uint8)
         heart[20:44, 28:52] = 1
         image[heart == 1] += np.uint8(70 * label)
         records.append(
@@ -67,11 +67,11 @@ def make_split(name: str, num_images: int, seed: int) -> Split:
     return Split(name, records, index)
 
 
-def make_dataset(seed: int = 0) -> Dataset:
+def make_dataset(seed: int = 0, size: int = SIZE) -> Dataset:
     """Return 44 train, 13 dev and 19 test images: no multiple of the batch."""
-    sizes = {"train": 44, "dev": 13, "test": 19}
-    splits = {name: make_split(name, size, seed + i) for i, (name, size) in enumerate(sizes.items())}
-    return Dataset("chest_phantom", SIZE, splits, f"fingerprint{seed}", "tiny images")
+    counts = {"train": 44, "dev": 13, "test": 19}
+    splits = {name: make_split(name, count, seed + i, size) for i, (name, count) in enumerate(counts.items())}
+    return Dataset("chest_phantom", size, splits, f"fingerprint{seed}", "tiny images")
 
 
 def main() -> None:

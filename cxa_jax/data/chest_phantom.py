@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from cxa_jax.console import progress_bar
 from cxa_jax.data import parallel, phantom, phantom_render, phantom_splits, records
 from cxa_jax.data.phantom import PhantomSpec
-from cxa_jax.data.record_writer import RepeatableWriter
+from cxa_jax.data.record_writer import RepeatableWriter, write_records
 from cxa_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def prepare(data_config: ConfigDict) -> None:
         return
     config = builder.builder_config
     phantom_splits.assign_splits(config.spec, config.num_patients)  # complains before TFDS makes its folders
-    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    write_records(builder)
 
 
 def _check(data_config: ConfigDict) -> None:

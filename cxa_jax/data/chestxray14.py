@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from cxa_jax.console import progress_bar
 from cxa_jax.data import images, nih_download, nih_metadata, records, splits
-from cxa_jax.data.record_writer import RepeatableWriter
+from cxa_jax.data.record_writer import RepeatableWriter, write_records
 from cxa_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ def prepare(data_config: ConfigDict) -> None:
         _check_same_inputs(builder)
     else:
         nih_download.parse_folders(data_config.manual_dir)  # complain before TFDS makes its folders
-        builder.download_and_prepare()
+        write_records(builder)
     provenance = load_provenance(builder)
     log.info("%s", describe_provenance(provenance))
     _warn_about_sizes(provenance["source_sizes"], data_config.image_size)

@@ -36,6 +36,9 @@ PREPARE_COMMAND = (
     "--config.data.manual_dir=/path/to/ChestX-ray14 --config.data.image_size={image_size}"
 )
 
+# Fields that choose a prepared set, as the command above has them; others are added to it.
+PREPARE_DEFAULTS = {"data_dir": "data", "dev_split": "image", "dev_fraction": 0.1, "split_seed": 0}
+
 
 class RecordSource:
     """Random access to the decoded records of one TFDS split."""
@@ -127,13 +130,13 @@ def load_dataset(data_config: ConfigDict) -> Dataset:
             builder = chestxray14.find_prepared(data_config)
             if builder is None:
                 raise UserError(_not_prepared(data_config))
-            return _open(builder, "chestxray14", "NIH ChestX-ray14")
+            return _open(builder, "chestxray14", _describe_nih(builder))
         case "chest_phantom":
             return _open_phantom(data_config, PHANTOM)
         case "auto":
             builder = chestxray14.find_prepared(data_config)
             if builder is not None:
-                return _open(builder, "chestxray14", "NIH ChestX-ray14")
+                return _open(builder, "chestxray14", _describe_nih(builder))
             reason = _not_prepared(data_config)
             log.info("Using the chest phantom, which is drawn, instead of X-rays of patients. %s", reason)
             return _open_phantom(data_config, f"{PHANTOM}. {reason}")
@@ -241,9 +244,19 @@ def _save_index(path: pathlib.Path, index: dict[str, np.ndarray]) -> None:
         log.warning("The index is computed at every start, since it cannot be kept beside the records: %s", error)
 
 
+def _describe_nih(builder: chestxray14.ChestXray14) -> str:
+    missing = chestxray14.load_provenance(builder)["missing_images"]
+    return "NIH ChestX-ray14" + (f", a part of it: {missing:,} images are missing" if missing else "")
+
+
 def _not_prepared(data_config: ConfigDict) -> str:
     prepared = ", ".join(chestxray14.list_prepared(data_config)) or "nothing"
     command = PREPARE_COMMAND.format(image_size=data_config.image_size)
+    command += "".join(
+        f" --config.data.{field}={data_config[field]}"
+        for field, default in PREPARE_DEFAULTS.items()
+        if data_config[field] != default
+    )
     return (
         f"No ChestX-ray14 of {data_config.image_size} px with this dev split is prepared in '{data_config.data_dir}' "
         f"(prepared there: {prepared}). To prepare it: {command}"

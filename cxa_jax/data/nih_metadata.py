@@ -137,7 +137,10 @@ def _parse_age(text: str) -> int:
 
 
 def _read_list(path: pathlib.Path) -> set[str]:
-    names = path.read_text(encoding="utf-8-sig").split()
+    try:
+        names = path.read_text(encoding="utf-8-sig").split()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file ({error}); fetch it again") from error
     if repeated := [name for name, times in collections.Counter(names).items() if times > 1]:
         raise UserError(f"{path}: {len(repeated)} names are there twice: {name_first(repeated)}")
     return set(names)

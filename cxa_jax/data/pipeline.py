@@ -1,4 +1,4 @@
-"""From a split to batches, with grain: random access, seeded global order, exact resume. Never imports jax.
+"""From a split to batches, with grain: random access, seeded global order, exact resume. Uses no jax.
 
 A step of training is a number; `EpochSchedule` turns it into rows of the split, and reading them into a batch. So any
 step can be reached without the ones before it, and the order does not depend on the number of reader threads.

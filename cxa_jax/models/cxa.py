@@ -3,6 +3,8 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 from cxa_jax.array_types import AttentionLogits, Features, Images, Logits, Pooled
@@ -102,6 +104,24 @@ class CardioXAttentionNet(nn.Module):
     def classify(self, pooled: Pooled, *, train: bool = False) -> Logits:
         """Apply the head alone; `model.apply(variables, pooled, method='classify')` serves evidence maps."""
         return self.classifier(pooled, train=train)
+
+
+def check_value_range(images: ArrayLike) -> None:
+    """Refuse images outside [0, 1]: the door for images that a user brings, before `model.apply`.
+
+    It reads values, so it stands outside jit. The project's own pipeline needs no check, `normalize_images` ends in
+    [0, 1]; and imported ImageNet weights want statistics that leave [0, 1] by design: check before `to_rgb`, not after.
+
+    Args:
+      images: numpy or JAX array of any shape; floating point in [0, 1], after the normalisation.
+
+    Raises:
+      UserError: a value is outside [0, 1] or not finite; the message has the least and the greatest value seen.
+    """
+    low, high = float(np.min(images)), float(np.max(images))  # a NaN anywhere makes both NaN
+    if not (low >= 0 and high <= 1):
+        cure = "divide bytes by 255, or use cxa_jax.data.augment.normalize_images"
+        raise UserError(f"images must be finite and in [0, 1], got values from {low:g} to {high:g}; {cure}")
 
 
 def create_model(config: ConfigDict) -> CardioXAttentionNet:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from cxa_jax.errors import UserError
 from cxa_jax.models.fused_densenet import fused_densenet
-from cxa_jax.models.layers import batch_norm, conv, max_pool_3x3
+from cxa_jax.models.layers import batch_norm, check_images, conv, max_pool_3x3
 
 GROWTH = 32  # channels each layer adds
 BOTTLENECK = 4 * GROWTH  # channels after a layer's 1x1 convolution
@@ -79,6 +79,7 @@ class DenseNet(nn.Module):
 
     stride = 32  # px between receptive-field centres of neighbouring cells
     offset = 14  # px, receptive-field centre of cell 0
+    min_size = 32  # px, least side of an image, as Keras has it
 
     @property
     def num_features(self) -> int:
@@ -90,6 +91,7 @@ class DenseNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        check_images(images, self.min_size, type(self).__name__)
         if self.implementation == "fused":
             return fused_densenet(
                 images,

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cxa_jax.models.layers import batch_norm, conv
+from cxa_jax.models.layers import batch_norm, check_images, conv
 
 EPSILON = 1e-3
 
@@ -121,9 +121,11 @@ class InceptionResNetV2(nn.Module):
     num_features = 1536  # channels C of the feature map
     stride = 32  # px between receptive-field centres of neighbouring cells
     offset = 37  # px, receptive-field centre of cell 0
+    min_size = 75  # px, least side of an image, as Keras has it
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        check_images(images, self.min_size, type(self).__name__)
         branches = partial(Branches, dtype=self.dtype)
         x = branches((STEM,), name="stem")(images, train=train)
         x = branches(MIXED_5B, name="mixed_5b")(x, train=train)

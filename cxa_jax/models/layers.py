@@ -1,13 +1,36 @@
-"""Convolution and normalisation as Keras applications builds them: Glorot uniform, momentum 0.99, explicit padding."""
+"""Convolution and normalisation as Keras applications builds them, and the check at a backbone's door."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+
+from cxa_jax.errors import UserError
 
 GLOROT = nn.initializers.glorot_uniform()  # R11; Flax' own default is LeCun normal
 BATCH_NORM_MOMENTUM = 0.99
+
+
+def check_images(images: jax.Array, min_size: int, name: str) -> None:
+    """Refuse images that a backbone cannot take; reads shape and type alone, so it costs nothing in a jitted step.
+
+    Args:
+      images: what should be float [B, H, W, 3], H, W >= min_size.
+      min_size: px, the backbone's least image side.
+      name: of the backbone, for the message.
+
+    Raises:
+      UserError: another rank, number of channels, size or type; the message has what was seen.
+    """
+    seen = f"got {images.dtype} {list(images.shape)}"
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise UserError(f"{name} takes images [B, H, W, 3], {seen}; copy a grey channel three times")
+    if min(images.shape[1:3]) < min_size:
+        raise UserError(f"{name} needs images of at least {min_size} x {min_size} px, {seen}")
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise UserError(f"{name} takes floating-point images, {seen}; normalise first (cxa_jax.data.augment)")
 
 
 def conv(

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cxa_jax.models.layers import batch_norm, conv, max_pool_3x3
+from cxa_jax.models.layers import batch_norm, check_images, conv, max_pool_3x3
 
 EXPANSION = 4  # a block's output channels over its inner ones
 EPSILON = 1.001e-5
@@ -60,6 +60,7 @@ class ResNet(nn.Module):
 
     stride = 32  # px between receptive-field centres of neighbouring cells
     offset = 0  # px, receptive-field centre of cell 0
+    min_size = 32  # px, least side of an image, as Keras has it
 
     @property
     def num_features(self) -> int:
@@ -68,6 +69,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        check_images(images, self.min_size, type(self).__name__)
         x = conv(64, 7, strides=2, padding=((3, 3), (3, 3)), use_bias=True, dtype=self.dtype, name="stem_conv")(images)
         x = batch_norm(train=train, epsilon=EPSILON, dtype=self.dtype, name="stem_norm")(x)
         x = max_pool_3x3(nn.relu(x))

@@ -1,0 +1,58 @@
+"""What a config may not say: found before any work, named with its field."""
+
+from ml_collections import ConfigDict
+
+from cxa_jax.errors import UserError
+
+CHOICES = {
+    "train.class_weights": ("balanced", "none"),
+    "train.select_by": ("dev_loss", "dev_loss_weighted", "dev_auroc"),
+    "data.normalization": ("min_max", "div255"),
+    "data.dev_split": ("image", "patient"),
+}
+# Inclusive bounds; None is no bound.
+RANGES = {
+    "seed": (0, 2**32 - 1),
+    "train.num_epochs": (1, None),
+    "train.checkpoint_every_steps": (0, None),
+    "optimizer.learning_rate": (0, None),
+    "optimizer.momentum": (0, 1),
+    "optimizer.plateau_factor": (0, 1),
+    "optimizer.plateau_patience": (1, None),
+    "optimizer.plateau_min_delta": (0, None),
+    "optimizer.early_stop_patience": (1, None),
+    "optimizer.early_stop_min_delta": (0, None),
+    "eval.image_size": (0, None),
+    "eval.overlay_intensity": (0, 1),
+    "eval.num_bootstrap": (1, None),
+}
+
+
+def check_config(config: ConfigDict, min_size: int) -> None:
+    """Check the fields that nothing else checks early.
+
+    Args:
+      config: the whole config.
+      min_size: px, the backbone's least image side.
+
+    Raises:
+      UserError: a field is outside its choices or range; the message has the field and what is allowed.
+    """
+    for name, choices in CHOICES.items():
+        if _get(config, name) not in choices:
+            raise UserError(f"config.{name}={_get(config, name)!r} is not one of {', '.join(choices)}")
+    for name, (low, high) in RANGES.items():
+        value = _get(config, name)
+        if not value >= low or (high is not None and not value <= high):  # also true of nan
+            allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise UserError(f"config.{name}={value} must be {allowed}")
+    if config.init.keras_weights and config.init.run:
+        raise UserError("config.init.keras_weights and config.init.run are both set: choose one")
+    for name in ("data.image_size", "eval.image_size"):
+        if (name == "data.image_size" or _get(config, name)) and _get(config, name) < min_size:
+            raise UserError(f"config.{name}={_get(config, name)}: {config.model.backbone} needs at least {min_size} px")
+
+
+def _get(config: ConfigDict, name: str) -> object:
+    section, _, field = name.rpartition(".")
+    return config[section][field] if section else config[field]
