@@ -25,7 +25,7 @@ TITLES = {
 }
 # Not all of BACKBONES: others may have joined it in this process.
 NAMES = ("densenet121", "densenet201", "resnet50", "inception_resnet_v2")
-SIZES = (224, 1024)  # px: Tables 2 and 3, and the full size
+SIZE = 224  # px, of Tables 2 and 3
 TABLE_3 = (  # the paper's row, the submodule or the function that is it
     ("batch normalisation", "amm.norm"),
     ("1x1 convolution, ELU", "amm.conv1"),
@@ -91,9 +91,9 @@ def trace(module: nn.Module, *shape: int) -> Trace:
 
 
 @functools.cache
-def trace_backbone(name: str, size: int) -> Trace:
-    """Trace BACKBONES[name] at `size` px."""
-    return trace(BACKBONES[name](), size, size, 3)
+def trace_backbone(name: str) -> Trace:
+    """Trace BACKBONES[name] on an image of SIZE px."""
+    return trace(BACKBONES[name](), SIZE, SIZE, 3)
 
 
 def load_config(stem: str, variant: str = "") -> Any:
@@ -102,8 +102,8 @@ def load_config(stem: str, variant: str = "") -> Any:
 
 
 def trace_rest(config: Any) -> Trace:
-    """Trace what stands on the backbone of `config.model`, on the features of a 224 px image."""
-    features = trace_backbone(config.backbone, SIZES[0]).output.shape[1:]
+    """Trace what stands on the backbone of `config.model`, on the features of an image of SIZE px."""
+    features = trace_backbone(config.backbone).output.shape[1:]
     return trace(create_model(config).clone(backbone=Given()), *features)
 
 
@@ -126,7 +126,7 @@ def table_models() -> str:
     for stem, titles in TITLES.items():
         for title, variant in zip(titles, ("", "gap"), strict=True):
             config = load_config(stem, variant)
-            backbone, rest = trace_backbone(config.backbone, SIZES[0]), trace_rest(config)
+            backbone, rest = trace_backbone(config.backbone), trace_rest(config)
             params, stats = (backbone.count(kind) + rest.count(kind) for kind in ("params", "batch_stats"))
             name = f"{stem}:{variant}" if variant else stem
             rows.append(
@@ -139,18 +139,18 @@ def table_backbones() -> str:
     """List the backbones: feature maps, geometry, sizes."""
     rows = []
     for name in NAMES:
-        traces = [trace_backbone(name, size) for size in SIZES]
-        params, stats = traces[0].count("params"), traces[0].count("batch_stats")
-        maps = [by_size(t.output.shape[1:]) for t in traces]
-        module = BACKBONES[name]()
-        rows.append((f"`{name}`", *maps, module.stride, module.offset, module.min_size, params, stats, params + stats))
-    header = (*(f"features at {size}" for size in SIZES), "stride", "offset", "least side")
-    return make_table(("backbone", *header, "trainable", "statistics", "as Keras counts"), rows)
+        backbone, module = trace_backbone(name), BACKBONES[name]()
+        params, stats = backbone.count("params"), backbone.count("batch_stats")
+        features = by_size(backbone.output.shape[1:])
+        geometry = module.stride, module.offset, module.min_size
+        rows.append((f"`{name}`", features, *geometry, params, stats, params + stats))
+    header = ("backbone", f"features at {SIZE}", "stride", "offset", "least side", "trainable", "statistics")
+    return make_table((*header, "as Keras counts"), rows)
 
 
 def table_layers(name: str) -> str:
     """List a backbone's parts from the image to the features; repeated parts share a row."""
-    network = trace_backbone(name, SIZES[0])
+    network = trace_backbone(name)
     groups: dict[str, list[Layer]] = {}
     for layer in network.layers:
         if layer.path and "." not in layer.path:
@@ -161,7 +161,7 @@ def table_layers(name: str) -> str:
         paths = f"`{first.path}`" + (f" ... `{last.path}`" if len(group) > 1 else "")
         params, stats = (sum(network.count(kind, x.path) for x in group) for kind in ("params", "batch_stats"))
         rows.append((paths, describe(first.module), by_size(last.shape), params, stats))
-    return make_table(("part", "what", f"output at {SIZES[0]}", "trainable", "statistics"), rows)
+    return make_table(("part", "what", f"output at {SIZE}", "trainable", "statistics"), rows)
 
 
 def describe(module: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""The assembled network: shapes, named intermediates, heads, and that every parameter learns."""
+"""The assembled network: shapes, named intermediates, heads, that every parameter learns, bad input."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,8 @@ import tiny
 from configs import dense121
 from cxa_jax import pooling
 from cxa_jax.errors import UserError
-from cxa_jax.models import CardioXAttentionNet, create_model
+from cxa_jax.models import BACKBONES, CardioXAttentionNet, create_model
+from cxa_jax.models.cxa import check_value_range
 
 
 def abstract_variables(model, size=224):
@@ -118,3 +119,27 @@ def test_wrong_fields_are_named(field, value):
     config[field] = value
     with pytest.raises(UserError, match=f"config.model.{field}="):
         create_model(config)
+
+
+@pytest.mark.parametrize("backend", [np, jnp])
+def test_values_outside_0_to_1_are_refused(backend):
+    images = backend.asarray(np.random.default_rng(0).uniform(size=(2, 8, 8, 3)).astype(np.float32))
+    check_value_range(images)
+    check_value_range(backend.array([0.0, 1.0]))
+    for wrong, words in (
+        (255 * images + 1, r"from 1\.\d* to 25[56]\b"),
+        (images - 0.5, r"from -0\.\d+ to 0\.\d+"),
+        (backend.array([0.5, backend.nan]), "nan"),
+        (backend.array([0.5, backend.inf]), "from 0.5 to inf"),
+    ):
+        with pytest.raises(UserError, match=words):
+            check_value_range(wrong)
+
+
+@pytest.mark.parametrize(("field", "known"), [("backbone", BACKBONES), ("pooling", pooling.POOLINGS)])
+def test_unknown_names_are_answered_with_the_known(field, known):
+    config = dense121.get_config().model
+    config[field] = "vgg"
+    with pytest.raises(UserError, match=f"config.model.{field}='vgg'") as refused:
+        create_model(config)
+    assert all(name in str(refused.value) for name in known)
