@@ -1,7 +1,6 @@
 """A real run in seconds: the smallest DenseNet, images in memory. Imported by tests, and run by them as a program."""
 
 import argparse
-import logging
 import os
 import pathlib
 import signal
@@ -14,6 +13,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from configs import common
 from cxa_jax import run as run_module
+from cxa_jax.console import log_to_console
 from cxa_jax.data.datasets import Dataset, Split
 from cxa_jax.models import BACKBONES
 from cxa_jax.models.densenet import DenseNet
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--num_epochs", type=int, default=3)
     parser.add_argument("--learning_rate", type=float, default=0.01)
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO)
+    log_to_console()
     run_module.load_dataset = lambda config: make_dataset()
     jit, calls = run_module.jax.jit, []
 
