@@ -186,7 +186,7 @@ def _nih_128(config: ConfigDict) -> None:
     config.augment.rotation_deg = 7.0
     config.augment.brightness = (0.7, 1.3)
     config.train.batch_size = 32
-    config.train.num_epochs = 10
+    config.train.num_epochs = 5
     config.train.select_by = "dev_loss_weighted"
     config.optimizer.learning_rate = 0.005
     config.optimizer.plateau_patience = 3
