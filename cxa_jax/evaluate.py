@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from scipy.special import expit
 
 from cxa_jax.array_types import PyTree
 from cxa_jax.console import progress_bar
@@ -38,7 +39,7 @@ class Predictions:
     @property
     def score(self) -> np.ndarray:
         """Probability of cardiomegaly, float64 [N]."""
-        return 1 / (1 + np.exp(-self.logit.astype(np.float64)))
+        return expit(self.logit.astype(np.float64))
 
 
 def evaluate_split(
