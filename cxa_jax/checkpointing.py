@@ -118,10 +118,10 @@ class Checkpoints:
 
         return self._first_sound(restore_step)
 
-    def restore_as_saved(self, sharding: jax.sharding.Sharding) -> tuple[dict[str, PyTree], dict[str, Any]] | None:
+    def restore_as_saved(self, sharding: jax.sharding.Sharding) -> dict[str, PyTree] | None:
         """Restore {'params', 'batch_stats'} in the shapes they were saved in, all with one sharding."""
 
-        def restore_step(step: int) -> tuple[dict[str, PyTree], dict[str, Any]]:
+        def restore_step(step: int) -> dict[str, PyTree]:
             saved = self._manager.item_metadata(step)
             mould = {
                 kind: jax.tree.map(
@@ -130,7 +130,7 @@ class Checkpoints:
                 for kind in ("params", "batch_stats")
             }
             items = self._restore(step, **{kind: ocp.args.StandardRestore(mould[kind]) for kind in mould})
-            return {kind: items[kind] for kind in mould}, {}
+            return {kind: items[kind] for kind in mould}
 
         return self._first_sound(restore_step)
 
@@ -167,7 +167,6 @@ def load_backbone(workdir: pathlib.Path, backbone: str, abstract: TrainState) ->
         if meta is None or meta["config"]["model.backbone"] != backbone:
             found = "no best state" if meta is None else meta["config"]["model.backbone"]
             raise UserError(f"config.init.run={workdir} has {found}; wanted is the best state of a {backbone}")
-        sharding = abstract.step.sharding
-        variables, _ = best.restore_as_saved(sharding)
+        variables = best.restore_as_saved(abstract.step.sharding)
     log.info("backbone from %s, step %s", workdir, meta["progress"]["best_step"])
     return {kind: variables[kind]["backbone"] for kind in variables}

@@ -37,6 +37,9 @@ FREE_FIELDS = (
     "eval.num_bootstrap",
 )
 
+# Fields whose change makes other arrays, as `describe_changes` writes them: no checkpoint can be carried over.
+NETWORK_FIELDS = ("config.model.backbone:", "config.model.pooling:", "config.model.head:")
+
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
     """Write text to `path`, all or nothing: to a neighbour first, then renamed."""
@@ -153,10 +156,6 @@ def describe_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-def _shapes_arrays(change: str) -> bool:
-    return change.split(":")[0].removeprefix("config.model.") in ("backbone", "pooling", "head")
-
-
 def check_same_run(meta: dict[str, Any], config: ConfigDict, fingerprint: str, workdir: pathlib.Path) -> list[str]:
     """Return the differences between a checkpoint's run and this one, if resuming is allowed all the same.
 
@@ -164,7 +163,7 @@ def check_same_run(meta: dict[str, Any], config: ConfigDict, fingerprint: str, w
       UserError: config or data differ and config.train.resume_changed is False, or the network is another one.
     """
     changes = describe_changes(meta["config"], flatten_config(config))
-    other_network = [change for change in changes if change.startswith("config.model.") and _shapes_arrays(change)]
+    other_network = [change for change in changes if change.startswith(NETWORK_FIELDS)]
     if other_network:
         raise UserError(f"{workdir} holds another network; choose another --workdir:\n  " + "\n  ".join(other_network))
     if meta["fingerprint"] != fingerprint:
