@@ -27,3 +27,15 @@ def _fill(module, draw_kernel):
 
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 96, 96, 3)))
     return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+def check_options(module, size: int) -> None:
+    """Assert that remat changes nothing and bfloat16 little: 5 % of the largest feature."""
+    images = jax.random.uniform(jax.random.key(1), (2, size, size, 3))
+    variables = random_variables(module)
+    features = jax.jit(module.apply)(variables, images)
+    remat = jax.jit(module.clone(remat=True).apply)(variables, images)
+    np.testing.assert_allclose(remat, features, rtol=1e-5, atol=1e-6)
+    half = jax.jit(module.clone(dtype=jnp.bfloat16).apply)(variables, images)
+    assert half.dtype == jnp.bfloat16
+    assert np.abs(half.astype(jnp.float32) - features).max() < 0.05 * np.abs(features).max()

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from backbone_variables import random_variables
+from backbone_variables import check_options
 from receptive_fields import chain_geometry, gradient_centre
 
 from cxa_jax.models.inception_resnet_v2 import BLOCK8, InceptionResNetV2, ResidualBlock
@@ -52,12 +52,4 @@ def test_geometry_by_gradient():
 
 
 def test_options_are_the_same_function():
-    images = jax.random.uniform(jax.random.key(1), (2, 75, 75, 3))
-    module = InceptionResNetV2(num_blocks=SMALL)
-    variables = random_variables(module)
-    features = jax.jit(module.apply)(variables, images)
-    remat = jax.jit(module.clone(remat=True).apply)(variables, images)
-    np.testing.assert_allclose(remat, features, rtol=1e-5, atol=1e-6)
-    half = jax.jit(module.clone(dtype=jnp.bfloat16).apply)(variables, images)
-    assert half.dtype == jnp.bfloat16
-    assert np.abs(half.astype(jnp.float32) - features).max() < 0.05 * np.abs(features).max()
+    check_options(InceptionResNetV2(num_blocks=SMALL), 75)

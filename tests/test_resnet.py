@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from backbone_variables import random_variables
+from backbone_variables import check_options, random_variables
 from receptive_fields import chain_geometry, gradient_centre
 
 from cxa_jax.models.resnet import ResNet, ResNet50
@@ -60,15 +60,7 @@ def test_every_parameter_but_normed_biases_gets_a_gradient():
 
 
 def test_options_are_the_same_function():
-    images = jax.random.uniform(jax.random.key(1), (2, 64, 64, 3))
-    module = ResNet(SMALL)
-    variables = random_variables(module)
-    features = jax.jit(module.apply)(variables, images)
-    remat = jax.jit(module.clone(remat=True).apply)(variables, images)
-    np.testing.assert_allclose(remat, features, rtol=1e-5, atol=1e-6)
-    half = jax.jit(module.clone(dtype=jnp.bfloat16).apply)(variables, images)
-    assert half.dtype == jnp.bfloat16
-    assert np.abs(half.astype(jnp.float32) - features).max() < 0.05 * np.abs(features).max()
+    check_options(ResNet(SMALL), 64)
 
 
 def test_parameters_stay_float32():
