@@ -9,6 +9,7 @@
 Any field of configs/common.py can be overridden: --config.train.batch_size=32.
 """
 
+import importlib
 import os
 import pathlib
 import sys
@@ -28,7 +29,13 @@ WORKDIR = flags.DEFINE_string(
 CONFIG_ERRORS = (
     flags.Error, AttributeError, ImportError, LookupError, NameError, OSError, SyntaxError, TypeError, ValueError,
 )  # fmt: skip
-MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "prepare"], "What to do.")
+# mode: (function, what it is given); imported when asked for, so that --help does not wait for jax.
+MODES = {
+    "train": ("cxa_jax.train:train_and_evaluate", ("config", "workdir")),
+    "evaluate": ("cxa_jax.outputs:evaluate", ("config", "workdir")),
+    "prepare": ("cxa_jax.data.chestxray14:prepare", ("data",)),
+}
+MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
 
 
 def main(argv: list[str]) -> None:
@@ -36,23 +43,14 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: unexpected argument(s) {' '.join(argv[1:])}; flags look like --config=FILE")
     log_to_console()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path("~/.cache/cxa_jax/xla").expanduser()))
-    from cxa_jax.errors import UserError  # after the flags: --help should not wait for jax
+    from cxa_jax.errors import UserError
 
+    target, names = MODES[MODE.value]
+    module, function = target.split(":")
     config = CONFIG.value
-    workdir = WORKDIR.value or str(pathlib.Path("runs") / config.name)
+    given = {"config": config, "data": config.data, "workdir": WORKDIR.value or str(pathlib.Path("runs") / config.name)}
     try:
-        if MODE.value == "prepare":
-            from cxa_jax.data import chestxray14
-
-            chestxray14.prepare(config.data)
-        elif MODE.value == "evaluate":
-            from cxa_jax.outputs import evaluate
-
-            evaluate(config, workdir)
-        else:
-            from cxa_jax.train import train_and_evaluate
-
-            train_and_evaluate(config, workdir)
+        getattr(importlib.import_module(module), function)(*(given[name] for name in names))
     except (UserError, OSError) as error:  # an OSError names its file: no space, no permission, no such folder
         sys.exit(f"error: {error}")
 
