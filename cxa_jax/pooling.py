@@ -149,8 +149,8 @@ def average_pool_2x2_same(x: AttentionLogits) -> AttentionLogits:
       [B, h, w, M], in the type of x.
     """
     # Repeating the last row and column gives the mean over the neighbours inside: {a} = {a, a}.
-    x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)), mode="edge")
-    return (x[:, :-1, :-1] + x[:, 1:, :-1] + x[:, :-1, 1:] + x[:, 1:, 1:]) / 4
+    rows = x + jnp.concatenate([x[:, 1:], x[:, -1:]], axis=1)  # the gradient of jnp.pad would be sent between devices
+    return (rows + jnp.concatenate([rows[:, :, 1:], rows[:, :, -1:]], axis=2)) / 4
 
 
 def amm(features, attention_logits, *, mask=None, temperature=1.0) -> tuple[Pooled | PooledClasses, Weights]:

@@ -93,9 +93,11 @@ def _create(application, rng, **arguments):
     return model
 
 
-def infer(model, images):
+def infer(model, images, compiler_options=None):
     """Apply the model with its running statistics."""
-    apply = jax.jit(lambda weights, x: model.stateless_call(*weights, x, training=False)[0])
+    apply = jax.jit(
+        lambda weights, x: model.stateless_call(*weights, x, training=False)[0], compiler_options=compiler_options
+    )
     return np.asarray(apply(values(model), images))
 
 

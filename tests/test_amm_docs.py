@@ -6,10 +6,13 @@ import pathlib
 import re
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
+from cxa_jax.models import CardioXAttentionNet
 from cxa_jax.pooling import POOLINGS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -36,9 +39,8 @@ def test_every_statement_names_a_test_that_exists():
 
 
 def test_every_test_of_the_mathematics_is_named():
-    mathematics = list_tests("tests/test_pooling.py") | {
-        name for name in list_tests("tests/test_evidence.py") if "evidence" in name or "cam" in name
-    }
+    mathematics = list_tests("tests/test_pooling.py") | list_tests("tests/test_attention_graph.py")
+    mathematics |= {name for name in list_tests("tests/test_evidence.py") if "evidence" in name or "cam" in name}
     assert mathematics - set(re.findall(r"`(test_\w+)`", TEXT)) == set()
 
 
@@ -92,3 +94,11 @@ def test_the_example_is_sparse(example):
     assert 0 < np.count_nonzero(p[0]) < 25
     threshold = np.max(logits - np.asarray(p), axis=(1, 2), where=np.asarray(p) > 0, initial=-np.inf)
     np.testing.assert_allclose(p, np.maximum(logits - threshold[:, None, None], 0), atol=1e-6)
+
+
+def test_the_example_trains_with_the_attention_branch(example):
+    images = jnp.zeros((2, 64, 64, 3))
+    for name, branched in ((example, True), ("gap", False)):
+        model = CardioXAttentionNet(tiny.BACKBONES["tiny"](), pooling=name)
+        variables = jax.eval_shape(lambda model=model: model.init(jax.random.key(0), images))
+        assert ("amm" in variables["params"]) == branched

@@ -45,7 +45,8 @@ def case(double):
     rng = np.random.default_rng(0)
     model = literal_model(24, rng)
     variables = as_ours([v.path for v in model.variables], [v.value for v in model.variables])
-    return model, CardioXAttentionNet(GivenFeatures(), dropout=0.0), variables, rng.normal(size=(3, 5, 7, 24))
+    network = CardioXAttentionNet(GivenFeatures(), dropout=0.0, value_range=(-np.inf, np.inf))  # features, not pixels
+    return model, network, variables, rng.normal(size=(3, 5, 7, 24))
 
 
 def close(ours, theirs):

@@ -1,5 +1,6 @@
 """The assembled network: shapes, named intermediates, heads, that every parameter learns, bad input."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +9,7 @@ import tiny
 
 from configs import dense121
 from cxa_jax import pooling
+from cxa_jax.data.augment import NORMALIZATIONS, find_value_range, to_rgb
 from cxa_jax.errors import UserError
 from cxa_jax.models import BACKBONES, CardioXAttentionNet, create_model
 from cxa_jax.models.cxa import check_value_range
@@ -134,6 +136,28 @@ def test_values_outside_0_to_1_are_refused(backend):
     ):
         with pytest.raises(UserError, match=words):
             check_value_range(wrong)
+
+
+class Cells(nn.Module):
+    """The least backbone: means of 4x4 pixels, three channels."""
+
+    @nn.compact
+    def __call__(self, images, *, train=False):
+        return nn.avg_pool(images, (4, 4), (4, 4))
+
+
+@pytest.mark.parametrize("method", NORMALIZATIONS)
+def test_the_network_refuses_values_that_its_normalisation_does_not_give(method):
+    model = CardioXAttentionNet(Cells(), pooling="gap", value_range=find_value_range(method))
+    grey = np.random.default_rng(0).uniform(size=(2, 8, 8, 1)).astype(np.float32)
+    grey[0, :2, 0] = [[0.0], [1.0]]  # black and white are just allowed
+    images = np.asarray(to_rgb(grey, method))
+    variables = model.init(jax.random.key(0), images)
+    model.apply(variables, images)
+    with pytest.raises(UserError, match=r"images must be finite and in \[.*\], got values from"):
+        model.apply(variables, images * 1.01 + 0.005)
+    with pytest.raises(UserError, match="to nan"):
+        model.apply(variables, np.where(grey == 1, np.nan, images))
 
 
 @pytest.mark.parametrize(("field", "known"), [("backbone", BACKBONES), ("pooling", pooling.POOLINGS)])

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from same_function import perturbed_variables, relative_errors, run
 
 from cxa_jax.errors import UserError
 from cxa_jax.models.densenet import DenseNet
@@ -21,48 +22,6 @@ EPSILON = 1e-3
 
 def create(implementation, dtype=jnp.float32, num_layers=NUM_LAYERS):
     return DenseNet(num_layers, dtype=dtype, implementation=implementation)
-
-
-def random_variables(net, images, dtype):
-    """Variables far from their initial values, variances positive."""
-    rng = np.random.default_rng(0)
-    variables = jax.jit(net.init)(jax.random.key(1), images)
-    variables = jax.tree.map(lambda a: jnp.asarray(a + 0.3 * rng.normal(size=a.shape), dtype), variables)
-    return variables | {"batch_stats": jax.tree.map(jnp.abs, variables["batch_stats"])}
-
-
-def run(net, variables, images):
-    """Features, updated statistics, gradients in parameters and images; inference features and their gradient."""
-
-    def loss(params, images):
-        features, updated = net.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])
-        weights = jnp.cos(jnp.arange(features.size, dtype=jnp.float32)).reshape(features.shape)
-        return (features.astype(variables["params"]["norm"]["bias"].dtype) * weights).sum(), (features, updated)
-
-    gradients, (features, updated) = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(variables["params"], images)
-
-    @jax.jit
-    def infer(variables, images):
-        features, pull = jax.vjp(lambda x: net.apply(variables, x, train=False), images)
-        return features, pull(jnp.ones_like(features))
-
-    inference, saliency = infer(variables, images)
-    return {
-        "features": features,
-        "updated": updated,
-        "gradients": gradients,
-        "inference": inference,
-        "saliency": saliency,
-    }
-
-
-def relative_errors(got, expected):
-    def error(a, b):
-        assert a.shape == b.shape and a.dtype == b.dtype
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        return np.abs(a - b).max() / max(np.abs(b).max(), 1e-6)
-
-    return jax.tree.map(error, got, expected)
 
 
 @pytest.mark.parametrize("implementation", ["plain", "fused"])
@@ -83,7 +42,7 @@ def test_equals_plain_in_float64():
     with jax.enable_x64(True):
         images = jnp.asarray(np.random.default_rng(1).random((1, 45, 70, 3)))
         plain, fused = create("plain", jnp.float64), create("fused", jnp.float64)
-        variables = random_variables(plain, images, jnp.float64)
+        variables = perturbed_variables(plain, images, jnp.float64)
         errors = relative_errors(run(fused, variables, images), run(plain, variables, images))
     assert max(jax.tree.leaves(errors)) < 1e-9
 
@@ -92,13 +51,13 @@ def test_equals_plain_in_float64():
 def float32_case():
     """Images, variables, and what the plain graph makes of them."""
     images = jnp.asarray(np.random.default_rng(1).random((4, 64, 64, 3)), jnp.float32)
-    variables = random_variables(create("plain"), images, jnp.float32)
+    variables = perturbed_variables(create("plain"), images, jnp.float32)
     return images, variables, run(create("plain"), variables, images)
 
 
 def test_same_seed_gives_the_same_variables(float32_case):
     images, variables, _ = float32_case
-    jax.tree.map(np.testing.assert_array_equal, random_variables(create("fused"), images, jnp.float32), variables)
+    jax.tree.map(np.testing.assert_array_equal, perturbed_variables(create("fused"), images, jnp.float32), variables)
 
 
 def test_equals_plain_in_float32(float32_case):

@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from same_function import assert_same_function
 
 from cxa_jax.models import fused_ops as ops
-from cxa_jax.models.layers import max_pool_3x3
 
 EPSILON = 1e-3
 SIZES = [(1, 2), (5, 6), (7, 9)]
@@ -23,16 +23,6 @@ def random_array(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(0.5, 1.5, shape))
 
 
-def assert_same_function(fast, reference, *args, tolerance=1e-11):
-    """Compare values, and gradients in every argument under one random cotangent for each output."""
-    value, pull = jax.vjp(jax.jit(fast), *args)
-    expected, expected_pull = jax.vjp(reference, *args)
-    rng = np.random.default_rng(7)
-    cotangent = jax.tree.map(lambda v: jnp.asarray(rng.normal(size=v.shape), v.dtype), expected)
-    for got, want in ((value, expected), (pull(cotangent), expected_pull(cotangent))):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), got, want)
-
-
 def convolve(x, kernel):
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
@@ -45,22 +35,6 @@ def test_conv_1x1_is_the_convolution(size):
 @pytest.mark.parametrize("size", SIZES)
 def test_conv_3x3_is_the_convolution(size):
     assert_same_function(ops.conv_3x3, convolve, random_array(2, *size, 6), random_array(3, 3, 6, 4, seed=1))
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_max_pool_is_flax_max_pool(size):
-    assert_same_function(ops.max_pool_3x3, max_pool_3x3, random_array(2, *size, 3))
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_max_pool_breaks_ties_as_xla_does(size):
-    x = jnp.asarray(np.random.default_rng(3).integers(0, 2, (2, *size, 3)), jnp.float64)  # mostly ties
-    assert_same_function(ops.max_pool_3x3, max_pool_3x3, x)
-
-
-@pytest.mark.parametrize("size", [(2, 3), *SIZES[1:]])
-def test_avg_pool_is_flax_avg_pool(size):
-    assert_same_function(ops.avg_pool_2x2, lambda x: nn.avg_pool(x, (2, 2), (2, 2)), random_array(2, *size, 3))
 
 
 def reference_moments(x):
@@ -95,9 +69,23 @@ def test_normalize_relu_is_its_formula_in_all_three_arguments():
     assert_same_function(fast, reference_normalize_relu, random_array(2, 3, 5, 4), *random_norm(4))
 
 
+def test_normalize_is_its_formula_in_all_three_arguments():
+    def fast(x, moments, affine):
+        return ops.normalize(x, moments, affine, EPSILON)
+
+    def reference(x, moments, affine):
+        return (x - moments.mean) / jnp.sqrt(moments.var + EPSILON) * affine.scale + affine.bias
+
+    assert_same_function(fast, reference, random_array(2, 3, 5, 4), *random_norm(4))
+
+
+def test_add_relu_is_relu_of_the_sum():
+    assert_same_function(ops.add_relu, lambda x, y: nn.relu(x + y), *(random_array(2, 3, 5, 4, seed=s) for s in (1, 2)))
+
+
 def test_folded_norm_is_the_norm():
     x, (moments, affine) = random_array(2, 3, 5, 4), random_norm(4)
-    folded = ops.affine_relu(x, ops.fold_batch_norm(moments, affine, EPSILON))
+    folded = ops.apply_affine(x, ops.fold_batch_norm(moments, affine, EPSILON))
     np.testing.assert_allclose(folded, reference_normalize_relu(x, moments, affine), atol=1e-12)
 
 

@@ -1,15 +1,12 @@
 """The mathematics of docs/amm.md, statement by statement."""
 
-import re
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.special import expit, log_expit, logit, logsumexp, softmax
+from scipy.special import expit, log_expit, logsumexp, softmax
 
 from cxa_jax import pooling
 from cxa_jax.pooling import FEATURES_ONLY, POOLINGS
@@ -103,13 +100,17 @@ def test_constant_attention_is_gap(dtype, seed, level):
         np.testing.assert_allclose(gap(features), features64.mean((1, 2)), **TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5), ("bfloat16", 0.05)])
 @few
-@given(seeds, st.floats(1e-6, 1.0))
-def test_the_level_of_the_attention_cancels(seed, factor):
+@given(seeds, st.floats(1e-3, 1.0))
+def test_the_level_of_the_attention_cancels(dtype, tolerance, seed, factor):
     with jax.enable_x64(True):
-        features, logits, *_ = draw(seed)
-        scaled = jnp.asarray(logit(factor * expit(np.asarray(logits))))  # z of factor x W
-        np.testing.assert_allclose(gwap(features, scaled), gwap(features, logits), rtol=1e-9, atol=1e-9)
+        features, logits, features64, logits64 = draw(seed, 1.0, dtype)
+        # z of factor x W, by logarithms: log1p keeps the digits that 1 - W loses. bfloat16 rounds it once more.
+        log_attention = np.log(factor) + log_expit(logits64)
+        scaled = jnp.asarray(log_attention - np.log1p(-np.exp(log_attention)), dtype)
+        expected = reference_gwap(features64, logits64)
+        np.testing.assert_allclose(gwap(features, scaled), expected, rtol=tolerance, atol=tolerance)
 
 
 @DTYPES
@@ -122,13 +123,16 @@ def test_pooled_features_stay_in_the_hull_of_the_cells(dtype, seed, scale):
         assert (pooled >= features64.min((1, 2)) - slack).all() and (pooled <= features64.max((1, 2)) + slack).all()
 
 
+@DTYPES
 @few
 @given(seeds, st.floats(-5, 5), st.floats(-5, 5))
-def test_gwap_commutes_with_an_affine_map_of_each_channel(seed, scale, shift):
+def test_gwap_commutes_with_an_affine_map_of_each_channel(dtype, seed, scale, shift):
     with jax.enable_x64(True):
-        features, logits, *_ = draw(seed)
+        features, logits, *_ = draw(seed, dtype=dtype)
+        features = pooling.at_least_float32(features)  # the map itself must not round to bfloat16
         mapped, expected = gwap(scale * features + shift, logits), scale * gwap(features, logits) + shift
-        np.testing.assert_allclose(mapped, expected, rtol=1e-12, atol=1e-12)
+        tolerance = TOLERANCE[dtype] if dtype == "float64" else {"rtol": 1e-5, "atol": 1e-5}  # terms up to 20 cancel
+        np.testing.assert_allclose(mapped, expected, **tolerance)
 
 
 def first_channel(logits, features):
@@ -138,15 +142,20 @@ def first_channel(logits, features):
 # Gradients ----------------------------------------------------------------------------------------------------------
 
 
+@DTYPES
 @few
 @given(seeds, scales)
-def test_gradient_with_respect_to_the_logits(seed, scale):
+def test_gradient_with_respect_to_the_logits(dtype, seed, scale):
     with jax.enable_x64(True):
-        features, logits, features64, logits64 = draw(seed, scale)
+        features, logits, features64, logits64 = draw(seed, scale, dtype)
         gradient = jax.jit(jax.grad(first_channel))(logits, features)[..., 0]
         p = softmax(log_expit(logits64[..., 0]), axis=(1, 2))
         offset = features64[..., 0] - reference_gwap(features64, logits64)[:, None, None, 0]
-        np.testing.assert_allclose(gradient, p * expit(-logits64[..., 0]) * offset, rtol=1e-12, atol=1e-12)
+        # a gradient has its input's type: bfloat16 keeps 8 bits of it
+        tolerance = {"rtol": 2**-8, "atol": 1e-6} if dtype == "bfloat16" else TOLERANCE[dtype]
+        np.testing.assert_allclose(gradient, p * expit(-logits64[..., 0]) * offset, **tolerance)
+        if dtype != "float64":
+            return
         step = np.zeros_like(logits64)
         step[1, 2, 3] = 1e-5
         difference = reference_gwap(features64, logits64 + step) - reference_gwap(features64, logits64 - step)
@@ -176,17 +185,20 @@ def test_saturated_cells_stop_learning():
 # The family and its limits ------------------------------------------------------------------------------------------
 
 
+@DTYPES
 @few
 @given(seeds)
-def test_shifted_logits_go_from_gap_to_softmax_attention(seed):
+def test_shifted_logits_go_from_gap_to_softmax_attention(dtype, seed):
     with jax.enable_x64(True):
-        features, logits, features64, logits64 = draw(seed)
-        np.testing.assert_allclose(gwap(features, logits + 60), features64.mean((1, 2)), rtol=1e-12, atol=1e-12)
-        attended = np.einsum("bhwk,bhw->bk", features64, softmax(logits64[..., 0], axis=(1, 2)))
-        np.testing.assert_allclose(gwap(features, logits - 60), attended, rtol=1e-12, atol=1e-12)
+        features, logits, features64, _ = draw(seed, dtype=dtype)
+        np.testing.assert_allclose(gwap(features, logits + 60), features64.mean((1, 2)), **TOLERANCE[dtype])
         for shift in (-60, 0, 60):
-            shifted = POOLINGS["softmax"](features, logits + shift)[0]
-            np.testing.assert_allclose(shifted, attended, rtol=1e-12, atol=1e-12)
+            shifted = logits + jnp.asarray(shift, dtype)  # rounded like any other logits: the reference takes it so
+            weights = softmax(np.asarray(shifted, np.float64)[..., 0], axis=(1, 2))
+            attended = np.einsum("bhwk,bhw->bk", features64, weights)
+            np.testing.assert_allclose(POOLINGS["softmax"](features, shifted)[0], attended, **TOLERANCE[dtype])
+            if shift == -60:
+                np.testing.assert_allclose(gwap(features, shifted), attended, **TOLERANCE[dtype])
 
 
 @few
@@ -256,45 +268,3 @@ def test_per_class_maps_pool_one_vector_each(seed):
     assert pooled.shape == (B, 4, C)
     for m in range(4):
         np.testing.assert_allclose(pooled[:, m], gwap(features, logits[..., m : m + 1]), rtol=1e-5, atol=1e-6)
-
-
-# The 2x2 average pool of Table 3 ------------------------------------------------------------------------------------
-
-
-@few
-@given(seeds, st.sampled_from([(1, 1), (1, 4), (4, 5), (7, 7)]))
-def test_average_pool_leaves_padding_out_of_the_mean(seed, size):
-    x = np.random.default_rng(seed).normal(size=(B, *size, 2)).astype(np.float32)
-    expected = [[x[:, i : i + 2, j : j + 2].mean((1, 2)) for j in range(size[1])] for i in range(size[0])]
-    pooled = pooling.average_pool_2x2_same(jnp.asarray(x))
-    np.testing.assert_allclose(pooled, np.moveaxis(expected, 2, 0), rtol=1e-5, atol=1e-6)
-    from_flax = nn.avg_pool(jnp.asarray(x), (2, 2), (1, 1), "SAME", count_include_pad=False)
-    np.testing.assert_allclose(pooled, from_flax, rtol=1e-5, atol=1e-6)
-
-
-@few
-@given(seeds)
-def test_average_pool_commutes_with_a_1x1_convolution(seed):
-    with jax.enable_x64(True):
-        rng = np.random.default_rng(seed)
-        x, kernel = jnp.asarray(rng.normal(size=(B, H, W, 16))), jnp.asarray(rng.normal(size=(16, 1)))
-        pool = pooling.average_pool_2x2_same
-        np.testing.assert_allclose(pool(x) @ kernel + 0.7, pool(x @ kernel + 0.7), rtol=1e-12, atol=1e-12)
-
-
-def test_average_pool_moves_evidence_half_a_cell_up_and_left():
-    pooled = np.asarray(pooling.average_pool_2x2_same(jnp.zeros((1, 7, 7, 1)).at[0, 4, 2].set(1.0)))[0, :, :, 0]
-    assert pooled.sum() == 1
-    assert (pooled.sum(1) @ np.arange(7), pooled.sum(0) @ np.arange(7)) == (3.5, 1.5)
-
-
-def test_gwap_does_not_copy_its_weights_to_all_channels():
-    features, logits = jnp.ones((3, 7, 7, 11)), jnp.ones((3, 7, 7, 1))
-
-    def full_size_arithmetic(function):
-        lines = jax.jit(function).lower(features, logits).compile().as_text().splitlines()
-        shapes = [re.search(r"= f32\[([\d,]+)\]\S* ([\w-]+)\(", line) for line in lines]
-        return {m[2] for m in shapes if m and np.prod(np.array(m[1].split(","), int)) == features.size}
-
-    assert full_size_arithmetic(pooling.gwap) <= {"parameter", "bitcast", "copy", "reshape", "transpose"}
-    assert full_size_arithmetic(literal_graph) & {"multiply", "broadcast"}

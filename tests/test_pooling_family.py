@@ -83,6 +83,38 @@ def test_weights_are_the_gradient_with_respect_to_the_features(name, seed):
 @EVERY_POOLING
 @few
 @given(seed=seeds)
+def test_gradients_are_finite_differences(name, seed):
+    with jax.enable_x64(True):
+        features, logits = draw(seed, dtype="float64")
+        features, mask = jnp.abs(features), make_mask(seed)
+        rng = np.random.default_rng(seed)
+        steps = [1e-6 * rng.normal(size=x.shape) for x in (features, logits)]
+        up, down = (
+            compiled(name)(features + sign * steps[0], logits + sign * steps[1], mask=mask)[0] for sign in (1, -1)
+        )
+        along = sum(jnp.sum(g * step) for g, step in zip(gradients(name)(features, logits, mask), steps, strict=True))
+        np.testing.assert_allclose(jnp.sum(up - down) / 2, along, rtol=1e-4, atol=1e-11)
+
+
+@EVERY_POOLING
+@few
+@given(seed=seeds)
+def test_precision_of_float32_and_bfloat16(name, seed):
+    with jax.enable_x64(True):
+        features, logits = draw(seed, 1.0, "float64")
+        features = jax.nn.sigmoid(features)
+        exact = compiled(name)(features, logits)
+        in_float32, in_bfloat16 = (
+            compiled(name)(features.astype(dtype), logits.astype(dtype)) for dtype in ("float32", "bfloat16")
+        )
+        for value, reference in zip(in_float32, exact, strict=True):
+            np.testing.assert_allclose(value, reference, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(in_bfloat16[0], exact[0], atol=5e-3)  # against inputs that were not rounded
+
+
+@EVERY_POOLING
+@few
+@given(seed=seeds)
 def test_pooling_is_a_weighted_average(name, seed):
     features, logits = draw(seed)
     pooled, p = compiled(name)(features, logits)

@@ -16,12 +16,13 @@ from ml_collections import ConfigDict
 
 from cxa_jax.errors import UserError
 
-# Channel-wise `scale * image + offset` for images in [0, 1]: what the ImageNet weights of Keras applications expect.
+# Channel-wise `scale * image + offset` for images in [0, 1]: what imported weights expect.
 # The mode is Keras' name for it: torch = DenseNet, caffe (BGR order) = ResNet-50, tf = Inception-ResNet-v2.
 CHANNEL_STATISTICS = {
     "imagenet_torch": ((1 / 0.229, 1 / 0.224, 1 / 0.225), (-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225)),
     "imagenet_caffe": ((255.0, 255.0, 255.0), (-103.939, -116.779, -123.68)),
     "imagenet_tf": ((2.0, 2.0, 2.0), (-1.0, -1.0, -1.0)),
+    "xrv": ((2048.0, 2048.0, 2048.0), (-1024.0, -1024.0, -1024.0)),  # torchxrayvision's range
 }
 NORMALIZATIONS = ("min_max", "div255", *CHANNEL_STATISTICS)
 
@@ -83,6 +84,17 @@ def to_rgb(images: jax.Array, method: str) -> jax.Array:
         scale, offset = CHANNEL_STATISTICS[method]
         return images * jnp.array(scale, jnp.float32) + jnp.array(offset, jnp.float32)
     return jnp.broadcast_to(images, (*images.shape[:-1], 3))
+
+
+def find_value_range(method: str) -> tuple[float, float]:
+    """Return the least and the greatest value that `to_rgb` can give for images in [0, 1].
+
+    Raises:
+      UserError: if `method` is unknown.
+    """
+    _check_method(method)
+    scales, offsets = CHANNEL_STATISTICS.get(method, ((1.0,), (0.0,)))
+    return min(offsets), max(scale + offset for scale, offset in zip(scales, offsets, strict=True))
 
 
 def augment(keys: jax.Array, images: jax.Array, augment_config: ConfigDict) -> jax.Array:

@@ -18,8 +18,10 @@ class AttentionMappingMechanism(nn.Module):
 
     Returns:
       normalized: BN(F), [B, h, w, C], which the paper's origin weights with W (A1).
-      attention_logits: z, [B, h, w, 1], unbounded; W = sigmoid(z).
+      attention_logits: z, [B, h, w, num_maps], unbounded; W = sigmoid(z).
     """
+
+    num_maps: int = 1  # the paper's one shared map, or one for each label (A3)
 
     @nn.compact
     def __call__(self, features: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
@@ -28,4 +30,4 @@ class AttentionMappingMechanism(nn.Module):
         for i, width in enumerate(WIDTHS, start=1):
             x = nn.elu(conv(width, 1, use_bias=True, name=f"conv{i}")(x))
         x = average_pool_2x2_same(x)
-        return normalized, conv(1, 1, use_bias=True, name=f"conv{len(WIDTHS) + 1}")(x)
+        return normalized, conv(self.num_maps, 1, use_bias=True, name=f"conv{len(WIDTHS) + 1}")(x)

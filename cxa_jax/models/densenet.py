@@ -7,9 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cxa_jax.errors import UserError
 from cxa_jax.models.fused_densenet import fused_densenet
-from cxa_jax.models.layers import batch_norm, check_images, conv, max_pool_3x3
+from cxa_jax.models.layers import batch_norm, check_images, check_implementation, conv, max_pool_3x3, remat
 
 GROWTH = 32  # channels each layer adds
 BOTTLENECK = 4 * GROWTH  # channels after a layer's 1x1 convolution
@@ -39,7 +38,7 @@ class DenseBlock(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         layer = partial(_apply_layer, train=train)
         if self.remat:
-            layer = nn.remat(layer)
+            layer = remat(layer)
         for i in range(self.num_layers):
             x = layer(DenseLayer(dtype=self.dtype, name=f"layer{i + 1}"), x)
         return x
@@ -92,6 +91,7 @@ class DenseNet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         check_images(images, self.min_size, type(self).__name__)
+        check_implementation(self.implementation)
         if self.implementation == "fused":
             return fused_densenet(
                 images,
@@ -103,8 +103,6 @@ class DenseNet(nn.Module):
                 dtype=self.dtype,
                 recompute=self.remat,
             )
-        if self.implementation != "plain":
-            raise UserError(f"model.implementation is {self.implementation!r}; give 'plain' or 'fused'.")
         norm = partial(batch_norm, train=train, epsilon=EPSILON, dtype=self.dtype)
         x = conv(64, 7, strides=2, padding=((3, 3), (3, 3)), dtype=self.dtype, name="stem_conv")(images)
         x = max_pool_3x3(nn.relu(norm(name="stem_norm")(x)))

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 from cxa_jax.models.fused_ops import (
     Affine,
     Moments,
-    affine_relu,
+    apply_affine,
     compute_moments,
     conv_1x1,
     conv_3x3,
@@ -174,7 +174,7 @@ def dense_block_inference(
     for layer, fixed, end in zip(layers, moments, ends, strict=False):
         norm1 = fold_batch_norm(fixed.norm1, layer.norm1, epsilon)
         norm2 = fold_batch_norm(fixed.norm2, layer.norm2, epsilon)
-        y = conv_1x1(affine_relu(features[..., :end], norm1), layer.kernel1 * norm2.scale)
+        y = conv_1x1(apply_affine(features[..., :end], norm1), layer.kernel1 * norm2.scale)
         y = jax.nn.relu(y + norm2.bias.astype(y.dtype))
         features = jax.lax.dynamic_update_slice_in_dim(features, conv_3x3(y, layer.kernel2), end, axis=3)
     return features

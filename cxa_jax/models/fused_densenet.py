@@ -13,35 +13,9 @@ from cxa_jax.models.fused_dense_block import (
     dense_block,
     dense_block_inference,
 )
-from cxa_jax.models.layers import BATCH_NORM_MOMENTUM, GLOROT, conv
-
-
-class Norm(nn.Module):
-    """The variables of nn.BatchNorm: scale and bias, running mean and var; the moving average without the norm."""
-
-    num_features: int
-
-    def setup(self):
-        shape = (self.num_features,)
-        self.scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
-        self.bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
-        self.mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
-        self.var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-
-    def affine(self) -> ops.Affine:
-        """Return the learned scale and bias."""
-        return ops.Affine(self.scale, self.bias)
-
-    def running(self) -> ops.Moments:
-        """Return the running moments."""
-        return ops.Moments(self.mean.value, self.var.value)
-
-    def update(self, moments: ops.Moments) -> None:
-        """Move the running moments towards the batch's, as nn.BatchNorm does: not while initialising."""
-        if self.is_initializing():
-            return
-        for running, batch in zip((self.mean, self.var), jax.lax.stop_gradient(moments), strict=True):
-            running.value = BATCH_NORM_MOMENTUM * running.value + (1 - BATCH_NORM_MOMENTUM) * batch
+from cxa_jax.models.fused_layers import Norm
+from cxa_jax.models.fused_pools import avg_pool_2x2, max_pool_3x3
+from cxa_jax.models.layers import GLOROT, conv
 
 
 class Kernel(nn.Module):
@@ -114,7 +88,7 @@ class Transition(nn.Module):
     def __call__(self, x: jax.Array, moments: ops.Moments | None) -> jax.Array:
         channels = x.shape[-1]
         norm, conv = Norm(channels, name="norm"), Kernel((1, 1, channels, channels // 2), name="conv")
-        return ops.conv_1x1(ops.avg_pool_2x2(_norm_relu(norm, x, moments, self.epsilon)), conv.kernel)
+        return ops.conv_1x1(avg_pool_2x2(norm(x, moments, self.epsilon, relu=True)), conv.kernel)
 
 
 def fused_densenet(
@@ -131,17 +105,9 @@ def fused_densenet(
     """Build the fused graph in the scope of the calling DenseNet: images [B, H, W, 3] -> F [B, H/32, W/32, C]."""
     x = conv(64, 7, strides=2, padding=((3, 3), (3, 3)), dtype=dtype, name="stem_conv")(images)
     moments = ops.compute_moments(x) if train else None
-    x = ops.max_pool_3x3(_norm_relu(Norm(64, name="stem_norm"), x, moments, epsilon))
+    x = max_pool_3x3(Norm(64, name="stem_norm")(x, moments, epsilon, relu=True))
     for i, n in enumerate(num_layers, start=1):
         if i > 1:
             x = Transition(epsilon, name=f"transition{i - 1}")(x, moments)
         x, moments = Block(n, growth, bottleneck, epsilon, recompute, name=f"block{i}")(x, train=train)
-    return _norm_relu(Norm(x.shape[-1], name="norm"), x, moments, epsilon)
-
-
-def _norm_relu(norm: Norm, x: jax.Array, moments: ops.Moments | None, epsilon: float) -> jax.Array:
-    """Normalise by the batch's moments and note them, or by the running ones where there are none; then ReLU."""
-    if moments is None:
-        return ops.affine_relu(x, ops.fold_batch_norm(norm.running(), norm.affine(), epsilon))
-    norm.update(moments)
-    return ops.normalize_relu(x, moments, norm.affine(), epsilon)
+    return Norm(x.shape[-1], name="norm")(x, moments, epsilon, relu=True)

@@ -1,7 +1,7 @@
-"""Operations of DenseNet whose compiled gradients are slow or hungry on XLA:CPU, written so that they are not.
+"""Operations of the backbones whose compiled gradients are slow or hungry on XLA:CPU, written so that they are not.
 
-Every operation is the same function as its Flax counterpart and keeps only its inputs for the backward pass (the max
-pool: one byte an output). First-order gradients only. All of them are sums, products and slices over [B, H, W, C], so
+Every operation is the same function as its Flax counterpart and keeps only its inputs, or its output, for the backward
+pass. First-order gradients only. All of them are sums, products and slices over [B, H, W, C], so
 that a batch sharded over devices stays sharded and batch moments become global ones.
 
 A product that sums over pixels is written on two-dimensional views [B*H*W, C]: XLA:CPU then reads the left operand as
@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+Pair = tuple[int, int]
 PIXELS = (0, 1, 2)  # the axes B, H, W of [B, H, W, C]
-WINDOW = [(i, j) for i in range(3) for j in range(3)]  # the cells of a 3x3 window, row by row
+WINDOW = [(i, j) for i in range(3) for j in range(3)]  # the cells of a 3x3 kernel, row by row
 
 
 class Moments(NamedTuple):
@@ -36,6 +37,16 @@ class Affine(NamedTuple):
 def first_channels(moments: Moments, num_channels: int) -> Moments:
     """Return the moments of the first channels alone."""
     return Moments(moments.mean[:num_channels], moments.var[:num_channels])
+
+
+def not_before(g: jax.Array, x: jax.Array) -> jax.Array:
+    """Return x [B, H, W, C], but let what is made of it wait for the gradient g [B, h, w, D].
+
+    XLA:CPU drops optimisation barriers, merges what is computed twice, and computes as early as it can and then holds
+    whatever does not depend on the backward pass: all that recomputing was to save. So x is made to depend on it, each
+    image on its own gradient, so that nothing crosses between devices.
+    """
+    return x + 0 * g[:, :1, :1, :1].astype(x.dtype)
 
 
 # ---- batch norm and ReLU, cut in two: the moments, and the normalisation that is given them ----
@@ -66,6 +77,26 @@ compute_moments.defvjp(_compute_moments_forward, lambda saved, g: (moments_gradi
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalize(x: jax.Array, moments: Moments, affine: Affine, epsilon: float) -> jax.Array:
+    """Compute (x - mean) / sqrt(var + epsilon) * scale + bias of [B, H, W, C], in float32, stored as x is."""
+    return _normalize(_widen(x), moments, affine, epsilon).astype(x.dtype)
+
+
+def _normalize_backward(epsilon, saved, g):
+    x, moments, affine = saved
+    inv_std = lax.rsqrt(moments.var + epsilon)
+    slope = inv_std * affine.scale
+    g = _widen(g)
+    g_bias = g.sum(PIXELS)
+    g_slope = (g * (_widen(x) - _row(moments.mean))).sum(PIXELS)
+    g_moments = Moments(-slope * g_bias, -0.5 * slope * jnp.square(inv_std) * g_slope)
+    return (g * _row(slope)).astype(x.dtype), g_moments, Affine(inv_std * g_slope, g_bias)
+
+
+normalize.defvjp(lambda *args: (normalize(*args), args[:3]), _normalize_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def normalize_relu(x: jax.Array, moments: Moments, affine: Affine, epsilon: float) -> jax.Array:
     """Compute relu((x - mean) / sqrt(var + epsilon) * scale + bias) of [B, H, W, C], in float32, stored as x is."""
     return jax.nn.relu(_normalize(_widen(x), moments, affine, epsilon)).astype(x.dtype)
@@ -73,16 +104,20 @@ def normalize_relu(x: jax.Array, moments: Moments, affine: Affine, epsilon: floa
 
 def _normalize_relu_backward(epsilon, saved, g):
     x, moments, affine = saved
-    inv_std = lax.rsqrt(moments.var + epsilon)
-    slope = inv_std * affine.scale
     g = jnp.where(_normalize(_widen(x), moments, affine, epsilon) > 0, _widen(g), 0.0)
-    g_bias = g.sum(PIXELS)
-    g_slope = (g * (_widen(x) - _row(moments.mean))).sum(PIXELS)
-    g_moments = Moments(-slope * g_bias, -0.5 * slope * jnp.square(inv_std) * g_slope)
-    return (g * _row(slope)).astype(x.dtype), g_moments, Affine(inv_std * g_slope, g_bias)
+    return _normalize_backward(epsilon, saved, g)
 
 
 normalize_relu.defvjp(lambda *args: (normalize_relu(*args), args[:3]), _normalize_relu_backward)
+
+
+@jax.custom_vjp
+def add_relu(x: jax.Array, shortcut: jax.Array) -> jax.Array:
+    """Compute relu(x + shortcut); only the sum's sign is needed for the gradient, and the output has it."""
+    return jax.nn.relu(x + shortcut)
+
+
+add_relu.defvjp(lambda *args: (add_relu(*args),) * 2, lambda out, g: (jnp.where(out > 0, g, 0),) * 2)
 
 
 def fold_batch_norm(moments: Moments, affine: Affine, epsilon: float) -> Affine:
@@ -91,9 +126,10 @@ def fold_batch_norm(moments: Moments, affine: Affine, epsilon: float) -> Affine:
     return Affine(scale, affine.bias - moments.mean * scale)
 
 
-def affine_relu(x: jax.Array, affine: Affine) -> jax.Array:
-    """Compute relu(scale x + bias) of [B, H, W, C], in float32, stored as x is."""
-    return jax.nn.relu(_widen(x) * _row(affine.scale) + _row(affine.bias)).astype(x.dtype)
+def apply_affine(x: jax.Array, affine: Affine, *, relu: bool = True) -> jax.Array:
+    """Compute scale x + bias of [B, H, W, C], and its ReLU if asked, in float32, stored as x is."""
+    y = _widen(x) * _row(affine.scale) + _row(affine.bias)
+    return (jax.nn.relu(y) if relu else y).astype(x.dtype)
 
 
 def _normalize(x, moments, affine, epsilon):
@@ -134,9 +170,7 @@ def conv_3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     the output's gradient: that of x is sum_d S[q, d] kernel[d]^T, that of kernel[d] is sum_q x[q]^T S[q, d]. The shifts
     lie side by side as one matrix [B*H*W, 9 D], narrow because D is, and each gradient is one product with it.
     """
-    return lax.conv_general_dilated(
-        x, kernel.astype(x.dtype), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    return _convolve(x, kernel.astype(x.dtype), (1, 1), "SAME")
 
 
 def _conv_3x3_backward(saved, g):
@@ -152,6 +186,40 @@ def _conv_3x3_backward(saved, g):
 conv_3x3.defvjp(lambda x, kernel: (conv_3x3(x, kernel), (x, kernel)), _conv_3x3_backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def conv_windows(x: jax.Array, kernel: jax.Array, strides: Pair, padding: tuple[Pair, Pair]) -> jax.Array:
+    """Convolve [B, H, W, C] with [kh, kw, C, D]: the gradient of each kernel cell is one product over pixels.
+
+    The output at p is sum_d x[s p + d - low] kernel[d] with strides s and low padding, so the gradient of kernel[d] is
+    sum_p x[s p + d - low]^T g[p]: a strided view of x against g, no larger than either.
+    """
+    return _convolve(x, kernel, strides, padding)
+
+
+def _conv_windows_backward(strides, padding, saved, g):
+    x, kernel = saved
+    _, undo = jax.vjp(lambda x: _convolve(x, kernel, strides, padding), x)
+    padded = jnp.pad(not_before(g, x), ((0, 0), *padding, (0, 0)))
+    grams = [
+        [_pixel_gram(_strided(padded, (i, j), g.shape[1:3], strides), g, kernel.dtype) for j in range(kernel.shape[1])]
+        for i in range(kernel.shape[0])
+    ]
+    return undo(g)[0], jnp.stack([jnp.stack(row) for row in grams])
+
+
+conv_windows.defvjp(lambda *args: (conv_windows(*args), args[:2]), _conv_windows_backward)
+
+
+def _convolve(x, kernel, strides, padding):
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _strided(x, start, size, strides):
+    """The cells start, start + strides, ... of [B, H, W, C]: `size` of them along H and W."""
+    (i, j), (rows, cols), (down, right) = start, size, strides
+    return x[:, i : i + (rows - 1) * down + 1 : down, j : j + (cols - 1) * right + 1 : right]
+
+
 def _matmul(x, matrix):
     """[B, H, W, C] times [C, D] -> [B, H, W, D]."""
     return lax.dot_general(x, matrix.astype(x.dtype), (((3,), (0,)), ((), ())))
@@ -161,64 +229,3 @@ def _pixel_gram(a, b, dtype):
     """Sum over pixels of a^T b: [B, H, W, C], [B, H, W, D] -> [C, D], accumulated and returned as `dtype`."""
     a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
     return lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
-
-
-# ---- pools ----
-
-
-def max_pool_3x3(x: jax.Array) -> jax.Array:
-    """Pool [B, H, W, C] by 3x3 maxima at stride 2, one pixel of -inf around: -> [B, ceil(H/2), ceil(W/2), C].
-
-    The gradient of a window goes to its first maximum in row order, as XLA's select-and-scatter has it.
-    """
-    _, height, width, _ = x.shape
-    return _max_pool_even(_pad_inf(x, (0, height % 2), (0, width % 2)))  # a line of -inf more never wins
-
-
-@jax.custom_vjp
-def _max_pool_even(x):
-    return _max_and_cell(x)[0]
-
-
-def _max_and_cell(x):
-    """The maxima and, as uint8, the window's cell that holds each; H and W even."""
-    _, height, width, _ = x.shape
-    x = _pad_inf(x, (1, 0), (1, 0))
-    views = [x[:, i : i + height - 1 : 2, j : j + width - 1 : 2] for i, j in WINDOW]
-    best, cell = views[0], jnp.zeros(views[0].shape, jnp.uint8)
-    for k, view in enumerate(views[1:], start=1):
-        cell = jnp.where(view > best, jnp.uint8(k), cell)
-        best = jnp.maximum(best, view)
-    return best, cell
-
-
-def _pad_inf(x, rows, cols):
-    return jnp.pad(x, ((0, 0), rows, cols, (0, 0)), constant_values=-jnp.inf)
-
-
-def _max_pool_backward(cell, g):
-    parts = [[jnp.where(cell == 3 * i + j, g, 0) for j in range(3)] for i in range(3)]
-    return (_interleave([_interleave(row, axis=2) for row in parts], axis=1),)
-
-
-def _interleave(parts, axis):
-    """Lay the gradients of the window's first, middle and last cells along `axis` out on the input's grid.
-
-    With one pixel of padding the window n covers inputs 2n - 1, 2n, 2n + 1: input 2n hears the middle of window n,
-    input 2n + 1 the last of window n and the first of window n + 1.
-    """
-    first, middle, last = parts
-    zero = jnp.zeros_like(lax.slice_in_dim(first, 0, 1, axis=axis))
-    next_first = jnp.concatenate([lax.slice_in_dim(first, 1, None, axis=axis), zero], axis)
-    both = jnp.stack([middle, last + next_first], axis + 1)
-    return both.reshape(*first.shape[:axis], 2 * first.shape[axis], *first.shape[axis + 1 :])
-
-
-_max_pool_even.defvjp(_max_and_cell, _max_pool_backward)
-
-
-def avg_pool_2x2(x: jax.Array) -> jax.Array:
-    """Average [B, H, W, C] over 2x2 cells; an odd last row or column is dropped: -> [B, H//2, W//2, C]."""
-    batch, height, width, channels = x.shape
-    rows, cols = height // 2, width // 2
-    return x[:, : 2 * rows, : 2 * cols].reshape(batch, rows, 2, cols, 2, channels).mean((2, 4))

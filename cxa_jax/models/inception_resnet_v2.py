@@ -1,6 +1,5 @@
 """Inception-ResNet-v2 without top (Szegedy et al. 2017), the graph of Keras applications (R16, R17, A18, A19)."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cxa_jax.models.layers import batch_norm, check_images, conv
+from cxa_jax.models.layers import check_images, check_implementation, conv, max_pool_3x3, norm, remat
 
 EPSILON = 1e-3
 
@@ -22,10 +21,14 @@ class Conv(NamedTuple):
     padding: str = "SAME"
 
 
-# 'same' leaves the padding out of the mean, as Keras does.
-AVG_POOL = partial(nn.avg_pool, window_shape=(3, 3), strides=(1, 1), padding="SAME", count_include_pad=False)
-MAX_POOL = partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2), padding="VALID")
-Branch = tuple[Conv | Callable[[jax.Array], jax.Array], ...]
+class Pool(NamedTuple):
+    """One 3x3 pool of a branch: 'max' at stride 2, valid, or 'avg' at stride 1, same."""
+
+    kind: str
+
+
+AVG_POOL, MAX_POOL = Pool("avg"), Pool("max")
+Branch = tuple[Conv | Pool, ...]
 
 REDUCE = partial(Conv, kernel_size=3, strides=2, padding="VALID")
 STEM: Branch = (
@@ -50,12 +53,13 @@ class ConvNorm(nn.Module):
 
     spec: Conv
     dtype: Any = jnp.float32
+    implementation: str = "plain"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        spec = self.spec._asdict()
-        x = conv(spec.pop("num_features"), **spec, dtype=self.dtype, name="conv")(x)
-        return nn.relu(batch_norm(train=train, epsilon=EPSILON, use_scale=False, dtype=self.dtype, name="norm")(x))
+        spec, options = self.spec._asdict(), {"dtype": self.dtype, "implementation": self.implementation}
+        x = conv(spec.pop("num_features"), **spec, **options, name="conv")(x)
+        return norm(x, relu=True, train=train, epsilon=EPSILON, use_scale=False, **options, name="norm")
 
 
 class Branches(nn.Module):
@@ -66,19 +70,23 @@ class Branches(nn.Module):
 
     branches: tuple[Branch, ...]
     dtype: Any = jnp.float32
+    implementation: str = "plain"
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         return jnp.concatenate([self._chain(b, branch, x, train) for b, branch in enumerate(self.branches, 1)], axis=-1)
 
     def _chain(self, b: int, branch: Branch, x: jax.Array, train: bool) -> jax.Array:
+        conv_norm = partial(ConvNorm, dtype=self.dtype, implementation=self.implementation)
         num_convs = 0
         for step in branch:
             if isinstance(step, Conv):
                 num_convs += 1
-                x = ConvNorm(step, dtype=self.dtype, name=f"branch{b}_conv{num_convs}")(x, train=train)
-            else:
-                x = step(x)
+                x = conv_norm(step, name=f"branch{b}_conv{num_convs}")(x, train=train)
+            elif step == MAX_POOL:
+                x = max_pool_3x3(x, padding=0, implementation=self.implementation)
+            else:  # without the padding in the mean, as Keras has it
+                x = nn.avg_pool(x, (3, 3), (1, 1), "SAME", count_include_pad=False)
         return x
 
 
@@ -89,11 +97,13 @@ class ResidualBlock(nn.Module):
     scale: float
     relu: bool = True
     dtype: Any = jnp.float32
+    implementation: str = "plain"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        mixed = Branches(self.branches, dtype=self.dtype, name="branches")(x, train=train)
-        x = x + self.scale * conv(x.shape[-1], 1, use_bias=True, dtype=self.dtype, name="conv")(mixed)
+        options = {"dtype": self.dtype, "implementation": self.implementation}
+        mixed = Branches(self.branches, **options, name="branches")(x, train=train)
+        x = x + self.scale * conv(x.shape[-1], 1, use_bias=True, **options, name="conv")(mixed)
         return nn.relu(x) if self.relu else x
 
 
@@ -109,7 +119,7 @@ class InceptionResNetV2(nn.Module):
     Attributes:
       num_blocks: residual blocks of the three kinds (35, 17 and 8 wide at H = 299).
       dtype: compute type; parameters and batch moments stay float32.
-      implementation: 'plain' or 'fused', the same graph here: there is no rewrite of this network.
+      implementation: 'plain' is Flax' layers; 'fused' the same function of the same variables, faster (layers.py).
       remat: recompute each residual block in the backward pass.
     """
 
@@ -126,7 +136,8 @@ class InceptionResNetV2(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         check_images(images, self.min_size, type(self).__name__)
-        branches = partial(Branches, dtype=self.dtype)
+        check_implementation(self.implementation)
+        branches = partial(Branches, **self._options)
         x = branches((STEM,), name="stem")(images, train=train)
         x = branches(MIXED_5B, name="mixed_5b")(x, train=train)
         x = self._residual("block35", BLOCK35, 0.17, self.num_blocks[0], x, train)
@@ -134,16 +145,20 @@ class InceptionResNetV2(nn.Module):
         x = self._residual("block17", BLOCK17, 0.1, self.num_blocks[1], x, train)
         x = branches(MIXED_7A, name="mixed_7a")(x, train=train)
         x = self._residual("block8", BLOCK8, 0.2, self.num_blocks[2] - 1, x, train)
-        last = ResidualBlock(BLOCK8, 1.0, relu=False, dtype=self.dtype, name=f"block8_{self.num_blocks[2]}")
+        last = ResidualBlock(BLOCK8, 1.0, relu=False, **self._options, name=f"block8_{self.num_blocks[2]}")
         x = last(x, train=train)
-        return ConvNorm(Conv(self.num_features), dtype=self.dtype, name="conv_7b")(x, train=train)
+        return ConvNorm(Conv(self.num_features), **self._options, name="conv_7b")(x, train=train)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "implementation": self.implementation}
 
     def _residual(
         self, name: str, branches: tuple[Branch, ...], scale: float, num_blocks: int, x: jax.Array, train: bool
     ) -> jax.Array:
         apply_block = partial(_apply_block, train=train)
         if self.remat:
-            apply_block = nn.remat(apply_block)
+            apply_block = remat(apply_block)
         for i in range(1, num_blocks + 1):
-            x = apply_block(ResidualBlock(branches, scale, dtype=self.dtype, name=f"{name}_{i}"), x)
+            x = apply_block(ResidualBlock(branches, scale, **self._options, name=f"{name}_{i}"), x)
         return x

@@ -1,6 +1,9 @@
-"""Convolution and normalisation as Keras applications builds them, and the check at a backbone's door."""
+"""Convolution, normalisation and pooling as Keras applications builds them, and the check at a backbone's door.
 
-from collections.abc import Sequence
+`implementation` is 'plain', Flax' own layer, or 'fused', the same function of the same variables on fused_layers.py.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -8,9 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from cxa_jax.errors import UserError
+from cxa_jax.models import fused_layers, fused_ops, fused_pools
+from cxa_jax.models.fused_layers import BATCH_NORM_MOMENTUM
+
+Apply = Callable[[nn.Module, jax.Array], jax.Array]
 
 GLOROT = nn.initializers.glorot_uniform()  # R11; Flax' own default is LeCun normal
-BATCH_NORM_MOMENTUM = 0.99
 
 
 def check_images(images: jax.Array, min_size: int, name: str) -> None:
@@ -33,6 +39,32 @@ def check_images(images: jax.Array, min_size: int, name: str) -> None:
         raise UserError(f"{name} takes floating-point images, {seen}; normalise first (cxa_jax.data.augment)")
 
 
+def check_implementation(implementation: str) -> None:
+    """Raise UserError unless it is 'plain' or 'fused'."""
+    if implementation not in ("plain", "fused"):
+        raise UserError(f"model.implementation is {implementation!r}; give 'plain' or 'fused'.")
+
+
+def remat(apply: Apply) -> Apply:
+    """Let `apply(module, x)` keep x alone for the backward pass and compute the rest again there.
+
+    As nn.remat does, which by itself saves nothing on XLA:CPU: see fused_ops.not_before. First-order gradients only.
+    """
+    recomputing = nn.remat(apply)
+
+    def forward(module: nn.Module, x: jax.Array) -> tuple[jax.Array, Callable]:
+        return nn.vjp(recomputing, module, x)
+
+    def backward(undo: Callable, g: jax.Array) -> tuple:
+        # `undo` is a tree of what was kept: x and parameters. A kernel taken for an x would wait too, which is no harm.
+        def wait(kept: jax.Array) -> jax.Array:
+            return fused_ops.not_before(g, kept) if kept.ndim == 4 and kept.shape[0] == g.shape[0] else kept
+
+        return jax.tree.map(wait, undo)(g)
+
+    return nn.custom_vjp(apply, forward, backward)
+
+
 def conv(
     num_features: int,
     kernel_size: int | Sequence[int] = 1,
@@ -41,6 +73,7 @@ def conv(
     padding: str | int | Sequence = "SAME",
     use_bias: bool = False,
     dtype: Any = None,
+    implementation: str = "plain",
     name: str | None = None,
 ) -> nn.Conv:
     """Create a convolution with a Glorot uniform kernel [kh, kw, C_in, num_features] and, if asked, a zero bias.
@@ -48,7 +81,17 @@ def conv(
     `dtype` is the compute type; None takes that of inputs and parameters together.
     """
     size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
-    return nn.Conv(num_features, size, strides, padding, use_bias=use_bias, dtype=dtype, kernel_init=GLOROT, name=name)
+    return nn.Conv(
+        num_features,
+        size,
+        strides,
+        padding,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=GLOROT,
+        conv_general_dilated=fused_layers.convolve if implementation == "fused" else None,
+        name=name,
+    )
 
 
 def batch_norm(
@@ -70,9 +113,35 @@ def batch_norm(
     )
 
 
-def max_pool_3x3(x: jax.Array) -> jax.Array:
-    """Pool [B, H, W, C] by 3x3 maxima at stride 2, one pixel of padding on each side: Keras' ZeroPadding2D(1).
+def norm(
+    x: jax.Array,
+    *,
+    relu: bool,
+    train: bool,
+    epsilon: float,
+    use_scale: bool = True,
+    dtype: Any = None,
+    implementation: str = "plain",
+    name: str,
+) -> jax.Array:
+    """Apply `batch_norm` to [B, H, W, C], then ReLU if asked; its variables are those of the submodule `name`."""
+    if implementation == "fused":
+        moments = fused_ops.compute_moments(x) if train else None
+        return fused_layers.Norm(x.shape[-1], use_scale, name=name)(x, moments, epsilon, relu=relu)
+    x = batch_norm(train=train, epsilon=epsilon, use_scale=use_scale, dtype=dtype, name=name)(x)
+    return nn.relu(x) if relu else x
+
+
+def add_relu(x: jax.Array, shortcut: jax.Array, *, implementation: str = "plain") -> jax.Array:
+    """Compute relu(x + shortcut)."""
+    return fused_ops.add_relu(x, shortcut) if implementation == "fused" else nn.relu(x + shortcut)
+
+
+def max_pool_3x3(x: jax.Array, *, padding: int = 1, implementation: str = "plain") -> jax.Array:
+    """Pool [B, H, W, C] by 3x3 maxima at stride 2, `padding` pixels on each side: 1 is Keras' ZeroPadding2D(1).
 
     The padding is -inf here and 0 in Keras: the same, because the pool always follows a ReLU.
     """
-    return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    if implementation == "fused":
+        return fused_pools.max_pool_3x3(x, padding)
+    return nn.max_pool(x, (3, 3), (2, 2), ((padding, padding),) * 2)

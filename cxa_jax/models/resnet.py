@@ -1,5 +1,6 @@
 """ResNet-50 v1 without top (He et al. 2016), the graph of Keras applications (R16, R17, A18, A19)."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -7,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cxa_jax.models.layers import batch_norm, check_images, conv, max_pool_3x3
+from cxa_jax.models.layers import add_relu, check_images, check_implementation, conv, max_pool_3x3, norm, remat
 
 EXPANSION = 4  # a block's output channels over its inner ones
 EPSILON = 1.001e-5
@@ -24,19 +25,26 @@ class Bottleneck(nn.Module):
     strides: int = 1
     project: bool = False  # a 1x1 convolution on the shortcut; else the identity
     dtype: Any = jnp.float32
+    implementation: str = "plain"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        biased_conv = partial(conv, use_bias=True, dtype=self.dtype)
-        norm = partial(batch_norm, train=train, epsilon=EPSILON, dtype=self.dtype)
+        conv, norm = _layers(train, self.dtype, self.implementation)
         width = EXPANSION * self.num_features
         shortcut = x
         if self.project:
-            shortcut = norm(name="shortcut_norm")(biased_conv(width, 1, strides=self.strides, name="shortcut_conv")(x))
-        x = biased_conv(self.num_features, 1, strides=self.strides, name="conv1")(x)
-        x = biased_conv(self.num_features, 3, name="conv2")(nn.relu(norm(name="norm1")(x)))
-        x = biased_conv(width, 1, name="conv3")(nn.relu(norm(name="norm2")(x)))
-        return nn.relu(shortcut + norm(name="norm3")(x))
+            shortcut = conv(width, 1, strides=self.strides, name="shortcut_conv")(x)
+            shortcut = norm(shortcut, relu=False, name="shortcut_norm")
+        x = norm(conv(self.num_features, 1, strides=self.strides, name="conv1")(x), name="norm1")
+        x = norm(conv(self.num_features, 3, name="conv2")(x), name="norm2")
+        x = norm(conv(width, 1, name="conv3")(x), relu=False, name="norm3")
+        return add_relu(x, shortcut, implementation=self.implementation)
+
+
+def _layers(train: bool, dtype: Any, implementation: str) -> tuple[Callable, Callable]:
+    """Return this network's convolution, which has a bias, and its batch norm, which ReLU follows."""
+    options = {"dtype": dtype, "implementation": implementation}
+    return partial(conv, use_bias=True, **options), partial(norm, relu=True, train=train, epsilon=EPSILON, **options)
 
 
 def _apply_block(block: Bottleneck, x: jax.Array, *, train: bool) -> jax.Array:
@@ -49,7 +57,7 @@ class ResNet(nn.Module):
     Attributes:
       num_blocks: bottleneck blocks in each of the four stages.
       dtype: compute type; parameters and batch moments stay float32.
-      implementation: 'plain' or 'fused', the same graph here: there is no rewrite of this network.
+      implementation: 'plain' is Flax' layers; 'fused' the same function of the same variables, faster (layers.py).
       remat: recompute each block in the backward pass.
     """
 
@@ -70,12 +78,13 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         check_images(images, self.min_size, type(self).__name__)
-        x = conv(64, 7, strides=2, padding=((3, 3), (3, 3)), use_bias=True, dtype=self.dtype, name="stem_conv")(images)
-        x = batch_norm(train=train, epsilon=EPSILON, dtype=self.dtype, name="stem_norm")(x)
-        x = max_pool_3x3(nn.relu(x))
+        check_implementation(self.implementation)
+        conv, norm = _layers(train, self.dtype, self.implementation)
+        x = conv(64, 7, strides=2, padding=((3, 3), (3, 3)), name="stem_conv")(images)
+        x = max_pool_3x3(norm(x, name="stem_norm"), implementation=self.implementation)
         apply_block = partial(_apply_block, train=train)
         if self.remat:
-            apply_block = nn.remat(apply_block)
+            apply_block = remat(apply_block)
         for i, num_blocks in enumerate(self.num_blocks, start=1):
             for j in range(1, num_blocks + 1):
                 block = Bottleneck(
@@ -83,6 +92,7 @@ class ResNet(nn.Module):
                     strides=2 if i > 1 and j == 1 else 1,
                     project=j == 1,
                     dtype=self.dtype,
+                    implementation=self.implementation,
                     name=f"stage{i}_block{j}",
                 )
                 x = apply_block(block, x)

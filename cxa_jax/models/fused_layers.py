@@ -1,0 +1,79 @@
+"""Layers on the fused operations, with the variables of nn.Conv and nn.BatchNorm."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from cxa_jax.models import fused_ops as ops
+
+BATCH_NORM_MOMENTUM = 0.99
+MIN_CHANNELS = 16  # of a kernel's input: below, as on an image, a product for each of its cells does not pay
+
+
+def convolve(
+    x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: str | Sequence[ops.Pair], **options
+) -> jax.Array:
+    """Convolve in place of lax.conv_general_dilated inside nn.Conv; without dilations or groups.
+
+    Args:
+      x: [B, H, W, C].
+      kernel: [kh, kw, C, D].
+      strides: along H and W.
+      padding: 'SAME', 'VALID' or pairs (low, high).
+      options: the rest of what nn.Conv hands over, for lax alone.
+    """
+    if kernel.shape[:2] == (1, 1):
+        return ops.conv_1x1(x[:, :: strides[0], :: strides[1]], kernel)
+    if kernel.shape[2] < MIN_CHANNELS:
+        return lax.conv_general_dilated(x, kernel, strides, padding, **options)
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+    return ops.conv_windows(x, kernel, tuple(strides), tuple(map(tuple, padding)))
+
+
+class Norm(nn.Module):
+    """Batch norm with the variables of nn.BatchNorm: scale (unless left out) and bias, running mean and var.
+
+    Attributes:
+      num_features: channels.
+      use_scale: if False, the scale is 1.
+    """
+
+    num_features: int
+    use_scale: bool = True
+
+    def setup(self):
+        shape = (self.num_features,)
+        self.scale = self.param("scale", nn.initializers.ones, shape) if self.use_scale else jnp.ones(shape)
+        self.bias = self.param("bias", nn.initializers.zeros, shape)
+        self.mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        self.var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+
+    def affine(self) -> ops.Affine:
+        """Return the learned scale and bias."""
+        return ops.Affine(self.scale, self.bias)
+
+    def running(self) -> ops.Moments:
+        """Return the running moments."""
+        return ops.Moments(self.mean.value, self.var.value)
+
+    def update(self, moments: ops.Moments) -> None:
+        """Move the running moments towards the batch's, as nn.BatchNorm does: not while initialising."""
+        if self.is_initializing():
+            return
+        for running, batch in zip((self.mean, self.var), jax.lax.stop_gradient(moments), strict=True):
+            running.value = BATCH_NORM_MOMENTUM * running.value + (1 - BATCH_NORM_MOMENTUM) * batch
+
+    def __call__(self, x: jax.Array, moments: ops.Moments | None, epsilon: float, *, relu: bool) -> jax.Array:
+        """Normalise x [B, H, W, C] by its moments and note them, or by the running ones if there are none; then ReLU.
+
+        The moments are an argument because who made x may know them already (fused_dense_block.py).
+        """
+        if moments is None:
+            return ops.apply_affine(x, ops.fold_batch_norm(self.running(), self.affine(), epsilon), relu=relu)
+        self.update(moments)
+        normalize = ops.normalize_relu if relu else ops.normalize
+        return normalize(x, moments, self.affine(), epsilon)

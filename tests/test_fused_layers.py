@@ -1,0 +1,112 @@
+"""The fused layers against Flax', and the backbones built of them: ResNet and Inception-ResNet-v2."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from same_function import assert_same_function, perturbed_variables, relative_errors, run
+
+from cxa_jax.errors import UserError
+from cxa_jax.models.fused_layers import convolve
+from cxa_jax.models.inception_resnet_v2 import BLOCK8, MIXED_5B, Branches, InceptionResNetV2
+from cxa_jax.models.resnet import ResNet
+
+KERNELS = [
+    ((3, 3), (1, 1), "SAME"),
+    ((3, 3), (1, 1), "VALID"),
+    ((3, 3), (2, 2), "VALID"),
+    ((5, 5), (1, 1), "SAME"),
+    ((1, 7), (1, 1), "SAME"),
+    ((7, 1), (1, 1), "SAME"),
+    ((3, 3), (2, 2), ((1, 1), (1, 0))),
+    ((1, 1), (1, 1), "SAME"),
+    ((1, 1), (2, 2), "SAME"),
+    ((1, 1), (2, 2), "VALID"),
+]
+
+
+@pytest.mark.parametrize(("size", "strides", "padding"), KERNELS)
+@pytest.mark.parametrize("channels", [3, 17])
+def test_convolve_is_the_convolution(size, strides, padding, channels):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    fast = partial(convolve, strides=strides, padding=padding, dimension_numbers=numbers)
+    exact = partial(jax.lax.conv_general_dilated, window_strides=strides, padding=padding, dimension_numbers=numbers)
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        x, kernel = (jnp.asarray(rng.normal(size=shape)) for shape in ((2, 7, 8, channels), (*size, channels, 5)))
+        assert_same_function(fast, exact, x, kernel)
+
+
+def make_resnet(implementation, dtype):
+    return ResNet((1, 1), dtype=dtype, implementation=implementation)
+
+
+def make_inception(implementation, dtype):
+    return InceptionResNetV2((1, 1, 1), dtype=dtype, implementation=implementation)
+
+
+def is_normed(path):
+    """Whether a batch norm takes this parameter out again, as ResNet's biases: its gradient is rounding error alone."""
+    return path[-1].key == "bias" and path[-2].key in ("stem_conv", "shortcut_conv", "conv1", "conv2", "conv3")
+
+
+def compare(make, dtype, shape):
+    """Return the largest relative difference of plain and fused, and the largest gradient that should be zero."""
+    images = jnp.asarray(np.random.default_rng(1).random(shape), dtype)
+    variables = perturbed_variables(make("plain", dtype), images, dtype)
+    results = [run(make(implementation, dtype), variables, images) for implementation in ("fused", "plain")]
+    zeros = []
+    for result in results:
+        of_params, of_images = result["gradients"]
+        leaves = jax.tree_util.tree_leaves_with_path(of_params)
+        zeros += [jnp.abs(g).max() for path, g in leaves if is_normed(path)]
+        result["gradients"] = [g for path, g in leaves if not is_normed(path)] + [of_images]
+    largest = max(jnp.abs(g).max() for g in results[1]["gradients"])
+    return max(jax.tree.leaves(relative_errors(*results))), float(max(zeros, default=0) / largest)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(make_resnet, (2, 45, 52, 3)), pytest.param(make_inception, (2, 107, 112, 3), marks=pytest.mark.slow)],
+)
+def test_equals_plain_in_float64(make, shape):
+    """Sides of which every pool and stride drops or pads a line."""
+    with jax.enable_x64(True):
+        error, should_be_zero = compare(make, jnp.float64, shape)
+    assert error < 1e-9 and should_be_zero < 1e-11
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "shape"), [(make_resnet, (4, 64, 64, 3)), (make_inception, (3, 139, 139, 3))])
+def test_equals_plain_in_float32(make, shape):
+    error, should_be_zero = compare(make, jnp.float32, shape)
+    assert error < 1e-4 and should_be_zero < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, pytest.param(jnp.float32, marks=pytest.mark.slow)])
+def test_inception_block_equals_plain(dtype):
+    """Branches with every kind of kernel at stride 1, and an average pool."""
+    with jax.enable_x64(dtype == jnp.float64):
+        x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 5, 6, 32)), dtype)
+        nets = [
+            Branches((*BLOCK8, MIXED_5B[1], MIXED_5B[3]), dtype=dtype, implementation=implementation)
+            for implementation in ("fused", "plain")
+        ]
+        variables = perturbed_variables(nets[1], x, dtype)
+        errors = relative_errors(*(run(net, variables, x) for net in nets))
+    assert max(jax.tree.leaves(errors)) < (1e-9 if dtype == jnp.float64 else 1e-4)
+
+
+@pytest.mark.parametrize("make", [make_resnet, make_inception])
+def test_same_tree_of_variables(make):
+    images = jnp.zeros((1, 75, 75, 3))
+    got, expected = (jax.eval_shape(make(i, jnp.float32).init, jax.random.key(0), images) for i in ("fused", "plain"))
+    assert got == expected
+
+
+@pytest.mark.parametrize("make", [make_resnet, make_inception])
+def test_unknown_implementation_is_named(make):
+    with pytest.raises(UserError, match="model.implementation is 'quick'"):
+        jax.eval_shape(make("quick", jnp.float32).init, jax.random.key(0), jnp.zeros((1, 75, 75, 3)))
