@@ -1,0 +1,99 @@
+"""Several training runs of each model on the same images: means over seeds, and paired differences, with intervals.
+
+Two things vary: which patients are in the test set, and the seed of the training. Patients are resampled, the same ones
+for every run, so that what two models share cancels in their difference; the seeds add the variance of their mean.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+from cxa_jax.errors import UserError
+from cxa_jax.statistics import NUM_RESAMPLES, Interval, compute_weighted_statistics, resample_patients
+
+
+@dataclass(frozen=True)
+class SeedSamples:
+    """One statistic of the runs of one model.
+
+    Attributes:
+      estimates: [S], one a seed, over all images.
+      resampled: [S, R], over the same R resamples of patients in every run.
+      num_patients: that were resampled.
+    """
+
+    estimates: np.ndarray
+    resampled: np.ndarray
+    num_patients: int
+
+
+def sample_auroc(
+    labels: ArrayLike, scores: ArrayLike, patients: ArrayLike, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> SeedSamples:
+    """Compute the AUROC of each run and of each resample; scores [S, N], one row a seed."""
+    rows = np.atleast_2d(scores)
+    labels = np.asarray(labels)
+
+    def of_weights(weights: np.ndarray) -> np.ndarray:
+        return np.stack([compute_weighted_statistics(labels, row, weights, ("auroc",))["auroc"] for row in rows])
+
+    # the rarer class bounds what is known
+    fewest = min(len(np.unique(np.asarray(patients)[labels == label])) for label in (0, 1))
+    return _sample(of_weights, patients, fewest, num_resamples, seed)
+
+
+def sample_means(
+    values: ArrayLike, patients: ArrayLike, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> SeedSamples:
+    """Compute the mean over images of each run and of each resample; values [S, N], nan where not defined."""
+    rows = np.atleast_2d(np.asarray(values, np.float64))
+    defined = np.isfinite(rows)
+    filled = np.where(defined, rows, 0.0)
+
+    def of_weights(weights: np.ndarray) -> np.ndarray:
+        total, count = filled @ weights.T, defined.astype(np.float64) @ weights.T
+        return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+
+    return _sample(of_weights, patients, len(np.unique(patients)), num_resamples, seed)
+
+
+def _sample(of_weights, patients: ArrayLike, num_patients: int, num_resamples: int, seed: int) -> SeedSamples:
+    num_images = len(np.asarray(patients))
+    chunks = resample_patients(patients, num_images, num_resamples, seed)
+    resampled = np.concatenate([of_weights(weights) for weights in chunks], axis=1)
+    return SeedSamples(of_weights(np.ones((1, num_images)))[:, 0], resampled, num_patients)
+
+
+def combine(samples: SeedSamples, level: float = 0.95, bounds: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
+    """Return the mean over seeds and its interval, for the mean of such trainings on such patients.
+
+    ``mean +- t sqrt(V_p + V_s)``, V_p the variance of the mean over resamples of patients, V_s = sd^2 / S over the S
+    seeds; t with the degrees of freedom of Welch and Satterthwaite,
+    ``(V_p + V_s)^2 / (V_p^2 / (n - 1) + V_s^2 / (S - 1))``, because an sd of a few seeds is itself uncertain. With one
+    seed V_s is unknown: the interval holds V_p alone. It is cut to `bounds`.
+    """
+    mean = samples.resampled.mean(axis=0)
+    between_patients = float(np.nanvar(mean, ddof=1)) if np.isfinite(mean).sum() > 1 else math.nan
+    num_seeds, free = len(samples.estimates), max(samples.num_patients - 1, 1)
+    between_seeds = float(samples.estimates.var(ddof=1)) / num_seeds if num_seeds > 1 else 0.0
+    variance = between_patients + between_seeds
+    spread = between_patients**2 / free + (between_seeds**2 / (num_seeds - 1) if num_seeds > 1 else 0.0)
+    half = stats.t.ppf((1 + level) / 2, variance**2 / spread) * math.sqrt(variance) if spread > 0 else variance
+    estimate = float(samples.estimates.mean())
+    undefined = int((~np.isfinite(mean)).sum())
+    low, high = max(estimate - half, bounds[0]), min(estimate + half, bounds[1])
+    return Interval(estimate, low, high, level, len(mean), undefined)
+
+
+def compare(a: SeedSamples, b: SeedSamples, level: float = 0.95) -> Interval:
+    """Return the mean difference a - b and its interval; runs are paired by seed, resamples by their patients.
+
+    Raises:
+      UserError: the two are not of the same seeds and resamples.
+    """
+    if a.resampled.shape != b.resampled.shape or a.num_patients != b.num_patients:
+        raise UserError(f"runs cannot be paired: {a.resampled.shape} and {b.resampled.shape} (seeds, resamples)")
+    return combine(SeedSamples(a.estimates - b.estimates, a.resampled - b.resampled, a.num_patients), level)

@@ -1,0 +1,142 @@
+"""The ablation: which runs, resumed and reported how, and what stands in its table."""
+
+import csv
+import json
+
+import fake_members
+import numpy as np
+import pytest
+import tiny
+from ml_collections import ConfigDict
+
+from cxa_jax import ablation
+from cxa_jax import run as run_module
+from cxa_jax.ablation_member import SCORES, load_scores, measure_step_times, train_member
+from cxa_jax.errors import UserError
+from cxa_jax.pooling import POOLINGS
+from cxa_jax.predictions import read_predictions
+from cxa_jax.seed_comparison import compare, sample_auroc
+
+
+def make_config(**fields):
+    config = tiny.make_config().unlock()
+    config.ablation = ConfigDict({"poolings": "amm,gap,gmp", "seeds": (0, 1), "num_parallel": 2})
+    config.update_from_flattened_dict(fields)
+    return config.lock()
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    monkeypatch.setattr(ablation, "load_dataset", lambda config: tiny.make_dataset())
+    monkeypatch.setattr(ablation, "train_member", fake_members.train)
+    monkeypatch.setattr(ablation, "measure_step_times", fake_members.time_steps)
+    monkeypatch.setattr(ablation, "find_platform", lambda: "cpu")
+
+
+def count_calls(folder):
+    return {path.parent.name: len(path.read_text().splitlines()) for path in folder.glob("*/calls.txt")}
+
+
+def test_a_failed_run_is_named_and_the_rest_go_on_and_nothing_is_done_twice(fakes, tmp_path, caplog):
+    (tmp_path / "refuse").touch()
+    with pytest.raises(UserError, match=r"2 of 6 runs failed(?s:.*)gmp-seed0: .*console\.txt"):
+        ablation.ablate(make_config(), str(tmp_path))
+    assert "ValueError: this pooling is broken" in caplog.text
+    assert set(count_calls(tmp_path)) == {"amm-seed0", "amm-seed1", "gap-seed0", "gap-seed1"}
+    assert "gmp" not in (tmp_path / "ablation.md").read_text()
+    (tmp_path / "refuse").unlink()
+    report = ablation.ablate(make_config(), str(tmp_path))
+    assert count_calls(tmp_path) == {f"{name}-seed{seed}": 1 for name in ("amm", "gap", "gmp") for seed in (0, 1)}
+    assert json.loads((tmp_path / "ablation.json").read_text())["differences"].keys() == {"amm", "gap"}
+    check_table(report, tmp_path)
+    changed = make_config(**{"optimizer.learning_rate": 0.5, "ablation.seeds": (1,), "ablation.poolings": "gap"})
+    ablation.ablate(changed, str(tmp_path))  # another config is another run: the stand-in does not refuse it
+    assert count_calls(tmp_path)["gap-seed1"] == 2
+
+
+def check_table(report, folder):
+    runs = {
+        name: [load_scores(folder / f"{name}-seed{seed}" / SCORES)[0] for seed in (0, 1)] for name in ("amm", "gap")
+    }
+    label, patient = runs["amm"][0]["label"], runs["amm"][0]["patient"]
+    samples = [
+        sample_auroc(label, [run["logit"] for run in runs[name]], patient, num_resamples=50) for name in ("amm", "gap")
+    ]
+    expected, got = compare(*samples), report["differences"]["gap"]["amm"]["auroc"]
+    assert (got["estimate"], got["low"], got["high"]) == (expected.estimate, expected.low, expected.high)
+    pointing = np.mean([run["weights/pointing"] - other["weights/pointing"] for run, other in zip(*runs.values())])  # noqa: B905
+    assert report["differences"]["gap"]["amm"]["pointing"]["estimate"] == pytest.approx(pointing)
+    assert report["poolings"]["amm"]["step_time"]["ratio"]["estimate"] == pytest.approx(1.1)
+    assert report["data"]["num_boxed"] == fake_members.NUM_IMAGES // 2
+    text = (folder / "ablation.md").read_text()
+    assert text.index("AMM minus GAP (the same mlp head)") < text.index("Difference to amm")
+    assert "| control: image centre |" in text and "220 ms, 1.100 [1.100, 1.100] x gap" in text
+    with (folder / "ablation.csv").open() as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    assert float(rows["amm"]["auroc_minus_gap"]) == expected.estimate
+    assert rows["image_centre"]["kind"] == "control" and rows["image_centre"]["energy_ratio"] == "nan"
+    assert (folder / "ablation.png").read_bytes()[:4] == b"\x89PNG"
+    assert (folder / "ablation.pdf").read_bytes()[:4] == b"%PDF"
+
+
+def test_runs_differ_in_pooling_and_seed_alone(tmp_path):
+    config = make_config(**{"ablation.poolings": "all", "ablation.seeds": (3, 5)})
+    poolings, seeds, _ = ablation.read_ablation(config)
+    members = ablation.make_members(config, "chest_phantom", poolings, seeds, tmp_path)
+    assert [member.name for member in members] == [f"{name}-seed{seed}" for seed in (3, 5) for name in POOLINGS]
+    for member in members:
+        own = member.config
+        assert own.model.head == ("linear" if member.pooling == "pcam" else "mlp")
+        rest = own.copy_and_resolve_references().unlock()
+        rest.model.pooling, rest.model.head, rest.seed, rest.name = "amm", "mlp", 0, "tiny"
+        rest.data.name, rest.ablation = "auto", config.ablation
+        assert rest.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("poolings", "amm,gab", "amm, softmax"),
+        ("poolings", "", "needed is 'all' or some of"),
+        ("poolings", "amm,gap,amm", "names one twice: amm, gap, amm"),
+        ("seeds", (), "at least one whole number"),
+        ("seeds", (0, -1), "at least one whole number"),
+        ("seeds", (1, 1), "names one twice"),
+        ("num_parallel", -1, "num_parallel=-1 must be at least 0"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(field, value, message):
+    with pytest.raises(UserError, match=message):
+        ablation.read_ablation(make_config(**{f"ablation.{field}": value}))
+
+
+def test_a_field_that_cannot_be_meant_stops_all_runs_at_once(fakes, tmp_path):
+    with pytest.raises(UserError, match=r"config\.train\.loss='mse'"):
+        ablation.ablate(make_config(**{"train.loss": "mse"}), str(tmp_path))
+    assert count_calls(tmp_path) == {}
+
+
+def test_other_configs_have_no_such_section():
+    with pytest.raises(UserError, match=r"use --config=configs/ablation\.py"):
+        ablation.read_ablation(tiny.make_config())
+
+
+def test_a_member_is_the_main_job_and_its_scores(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "load_dataset", lambda config: tiny.make_dataset())
+    config = tiny.make_config(**{"train.num_epochs": 1, "model.pooling": "gap"})
+    train_member(config, str(tmp_path))
+    columns, facts = load_scores(tmp_path / SCORES)
+    table = read_predictions(tmp_path / "predictions_test.csv")
+    np.testing.assert_array_equal(columns["id"], table.id)
+    np.testing.assert_allclose(columns["logit"], table.logit, rtol=1e-6)
+    assert facts["best_epoch"] == 1 and facts["config"]["model.pooling"] == "gap"
+    assert (tmp_path / "metrics.json").is_file()
+    assert len(columns["boxed_patient"]) == columns["label"].sum() == len(columns["random_map/pointing"])
+    # a constant p is chance: its energy is the box's share, its box the whole image
+    np.testing.assert_allclose(columns["weights/energy_ratio"], 1, rtol=1e-6)
+    np.testing.assert_allclose(columns["weights/mean_iou"], 24 * 24 / tiny.SIZE**2, rtol=1e-6)
+    member = ablation.Member("gap", 0, config, tmp_path)
+    assert member.is_finished("fingerprint0") and not member.is_finished("other") and member.count_epochs() == 1
+    measure_step_times({"gap": config}, str(tmp_path / "times.json"))
+    seconds = json.loads((tmp_path / "times.json").read_text())["seconds"]["gap"]
+    assert len(seconds) == 15 and min(seconds) > 0
