@@ -1,0 +1,87 @@
+"""This project: the train step of cxa_jax.run, fed with grey bytes, and the network's score alone.
+
+Augmentation is off, for no peer has it in its step; the way from bytes to normalised RGB is in.
+"""
+
+import os
+import pathlib
+import sys
+
+from protocol import LEARNING_RATE, MOMENTUM, parse_arguments, serve
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+arguments = parse_arguments(
+    implementation=("auto", "plain", "fused"), dtype=("float32", "bfloat16"), host_devices=("1", "2", "4", "8")
+)
+if arguments.host_devices != "1":
+    flag = f"--xla_force_host_platform_device_count={arguments.host_devices}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+
+import jax  # noqa: E402  (reads XLA_FLAGS)
+import numpy as np  # noqa: E402
+
+from configs import common  # noqa: E402
+from cxa_jax.data.augment import normalize_images, to_rgb  # noqa: E402
+from cxa_jax.data.fake_xrays import make_fake_dataset  # noqa: E402
+from cxa_jax.run import Run, create_run  # noqa: E402
+from cxa_jax.sharding import put_batch, replicated, split  # noqa: E402
+
+
+def build_run() -> Run:
+    """Return the run of this program's flags, on noise."""
+    config = common.get_config("compare", arguments.backbone)
+    config.augment.enabled = False
+    config.data.image_size = arguments.image_size
+    config.train.batch_size = arguments.batch_size
+    config.model.implementation = arguments.implementation
+    config.model.dtype = arguments.dtype
+    assert (config.optimizer.learning_rate, config.optimizer.momentum) == (LEARNING_RATE, MOMENTUM)
+    return create_run(config.lock(), make_fake_dataset(arguments.image_size, 4))
+
+
+run = build_run()
+rng = np.random.default_rng(0)
+images = rng.integers(0, 256, (arguments.batch_size, arguments.image_size, arguments.image_size, 1), np.uint8)
+labels = np.arange(arguments.batch_size, dtype=np.int32) % 2
+state = run.create_state()
+rate_scale = jax.device_put(np.float32(1), replicated(run.mesh))
+
+
+def train() -> float:
+    """Run one step from a batch on the host to its loss on the host."""
+    global state
+    batch = put_batch({"image": images, "label": labels, "mask": np.ones(arguments.batch_size, bool)}, run.mesh)
+    state, metrics = run.train_step(state, batch, rate_scale, run.root_key)
+    return float(metrics["loss"])
+
+
+def make_predict(batch_size: int):
+    """Return a call from a batch on the host to its scores on the host; on one device where several do not divide."""
+    divides = batch_size % run.mesh.size == 0
+    sharding = split(run.mesh) if divides else jax.devices()[0]
+
+    def score(variables, images):
+        logits, _ = run.model.apply(variables, to_rgb(normalize_images(images, "min_max"), "min_max"), train=False)
+        return jax.nn.sigmoid(logits)
+
+    jitted, variables = jax.jit(score), []
+
+    def predict() -> np.ndarray:
+        if not variables:  # copied once: training donates the state's own arrays
+            copied = jax.tree.map(np.array, state.variables)
+            variables.append(jax.device_put(copied, replicated(run.mesh) if divides else sharding))
+        return np.asarray(jitted(variables[0], jax.device_put(images[:batch_size], sharding)))
+
+    return predict
+
+
+serve(
+    arguments.first,
+    {"train": train, "predict": make_predict(arguments.batch_size), "predict_one": make_predict(1)},
+    {
+        "jax": jax.__version__,
+        "graph": run.model.backbone.implementation,
+        "devices": run.mesh.size,
+        "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+    },
+)

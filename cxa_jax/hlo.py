@@ -1,0 +1,96 @@
+"""What XLA says of a compiled program: memory, arithmetic, traffic, and what crosses between devices."""
+
+import collections
+import dataclasses
+import re
+
+import jax.numpy as jnp
+from jax.stages import Compiled, Lowered
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+# For compile(): machine code without care, in less time; the HLO and its memory are those of the real program.
+ANALYSIS_ONLY = {"xla_backend_optimization_level": 0}
+# '%name = SHAPE op(' : SHAPE is 'f32[64]{0}' or a tuple of such in brackets; '-done' repeats what '-start' said.
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (?P<shape>\(.*?\)|\S+) (?P<op>[a-z][\w-]*)\(", re.MULTILINE)
+_ARRAY = re.compile(r"\b(?P<type>[a-z]+\d*\w*)\[(?P<sides>[\d,]*)\]")
+_TYPES = {"pred": "bool", "f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+_TYPES |= {
+    f"{short}{bits}": f"{long}{bits}" for short, long in (("s", "int"), ("u", "uint")) for bits in (8, 16, 32, 64)
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of HLO text: the operation, and the arrays it returns as (element type, shape)."""
+
+    op: str
+    arrays: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of what it returns."""
+        return sum(_num_bytes(type_, shape) for type_, shape in self.arrays)
+
+
+def parse_instructions(text: str) -> list[Instruction]:
+    """Return every instruction of an HLO module's text, those inside fusions and other computations included."""
+    return [Instruction(match["op"], tuple(_parse_arrays(match["shape"]))) for match in _INSTRUCTION.finditer(text)]
+
+
+def count_collectives(text: str) -> dict[str, dict[str, int]]:
+    """Return {operation: {'count', 'arrays', 'bytes'}} of what is exchanged between devices in one run of a program.
+
+    Args:
+      text: of the compiled module, `compiled.as_text()`. Bytes are those of one device's result; a ring all-reduce of b
+        bytes over n devices sends and receives 2 b (n - 1) / n on each.
+    """
+    found = collections.defaultdict(lambda: {"count": 0, "arrays": 0, "bytes": 0})
+    for instruction in parse_instructions(text):
+        op = instruction.op.removesuffix("-start")
+        if op in COLLECTIVES:
+            found[op]["count"] += 1
+            found[op]["arrays"] += len(instruction.arrays)
+            found[op]["bytes"] += instruction.num_bytes
+    return dict(found)
+
+
+def analyze_memory(compiled: Compiled) -> dict[str, int]:
+    """Return XLA's bytes on one device: 'arguments', 'outputs', 'aliased' (outputs in arguments' place), 'temp', 'all'.
+
+    'all' = arguments + outputs - aliased + temp: what has to fit besides the program itself.
+    """
+    memory = compiled.memory_analysis()
+    parts = {
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+        "temp": memory.temp_size_in_bytes,
+    }
+    return parts | {"all": parts["arguments"] + parts["outputs"] - parts["aliased"] + parts["temp"]}
+
+
+def analyze_cost(lowered: Lowered, compiled: Compiled, num_devices: int) -> dict[str, float]:
+    """Return 'flops' and 'bytes_accessed' of one call, over all devices.
+
+    Arithmetic is counted before XLA's passes, because a GPU's convolutions are calls into a library that it does not
+    count afterwards; what a backward pass recomputes is in it. Traffic is counted after fusion, every operand and
+    result of every kernel once, so caches make the real one less.
+    """
+    return {
+        "flops": float(lowered.cost_analysis()["flops"]),
+        "bytes_accessed": float(compiled.cost_analysis()["bytes accessed"]) * num_devices,
+    }
+
+
+def _parse_arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
+    return [
+        (match["type"], tuple(int(side) for side in match["sides"].split(",") if side))
+        for match in _ARRAY.finditer(shape)
+    ]
+
+
+def _num_bytes(type_: str, shape: tuple[int, ...]) -> int:
+    size = jnp.dtype(_TYPES[type_]).itemsize if type_ in _TYPES else 0  # 'token' and the like hold nothing
+    for side in shape:
+        size *= side
+    return size

@@ -1,0 +1,91 @@
+"""benchmarks/compare.py with programs that only sleep: turns, ratios, what cannot start, and what is written."""
+
+import importlib.util
+import json
+import pathlib
+import sys
+
+import pytest
+
+FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
+SLEEPER = """
+import sys, time
+sys.path.insert(0, {peers!r})
+from protocol import parse_arguments, serve
+arguments = parse_arguments(dtype=("float32", "bfloat16"), pace=("1", "3"))
+def work():
+    with open({log!r}, "a") as log:
+        log.write(f"{{arguments.pace}} ")
+    time.sleep(0.02 * int(arguments.pace))
+print("noise of a library")
+serve(arguments.first, {{"train": work, "predict": work, "predict_one": work}}, {{"pace": arguments.pace}})
+"""
+
+
+@pytest.fixture
+def compare(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("compare", FOLDER / "compare.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "compare", module)
+    spec.loader.exec_module(module)
+    (tmp_path / "peers").mkdir()
+    log = tmp_path / "log"
+    (tmp_path / "peers" / "sleep.py").write_text(SLEEPER.format(peers=str(FOLDER / "peers"), log=str(log)))
+    (tmp_path / "peers" / "broken.py").write_text("import no_such_package")
+    monkeypatch.setattr(module, "HERE", tmp_path)
+    programs = {
+        "fast": ("Fast", "sleep.py", [], "ours"),
+        "slow": ("Slow", "sleep.py", ["--pace=3"], "peers"),
+        "broken": ("Broken", "broken.py", [], "peers"),
+    }
+    monkeypatch.setattr(module, "PROGRAMS", programs)
+    return module
+
+
+def run(module, monkeypatch, tmp_path, *flags):
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--name=x", f"--results={tmp_path / 'results'}", *flags])
+    module.main()
+    results = tmp_path / "results"
+    return json.loads((results / "x.json").read_text()), (results / "x.md").read_text()
+
+
+def test_programs_take_turns_and_ratios_are_of_rounds(compare, monkeypatch, tmp_path):
+    flags = "--programs=fast,slow,broken", "--rounds=3", "--steps=2", "--calls=train,predict_one"
+    outcome, page = run(compare, monkeypatch, tmp_path, *flags)
+    # First steps, one warm-up of each call, then rounds of two calls, each round begun by another program.
+    turn, other = "1 1 3 3 ", "3 3 1 1 "
+    expected = "1 3 " + "1 3 " * 2 + 2 * turn + 2 * other + 2 * turn
+    assert (tmp_path / "log").read_text() == expected
+    slow = outcome["programs"]["slow"]["calls"]["train"]
+    low, high = slow["ratio_range"]
+    assert low <= slow["ratio"] <= high and 2 < slow["ratio"] < 4
+    assert [len(seconds) for seconds in slow["seconds"]] == [2, 2, 2]
+    assert outcome["programs"]["fast"]["calls"]["train"]["ratio_range"] == [1, 1]
+    assert outcome["commit"] and "--rounds=3" in outcome["command"] and outcome["machine"]
+    assert "no_such_package" in outcome["skipped"]["broken"]
+    assert "| Slow |" in page and "Skipped: Broken (status 1: ModuleNotFoundError" in page
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["x.json", "x.md"]
+
+
+def test_unknown_names_are_refused(compare, monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(compare, monkeypatch, tmp_path, "--programs=fast,fats")
+    assert "--programs: unknown fats; known are fast" in capsys.readouterr().err
+
+
+def test_nothing_to_compare_is_an_error(compare, monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match="no program could be started"):
+        run(compare, monkeypatch, tmp_path, "--programs=broken")
+
+
+def test_every_program_has_its_file():
+    spec = importlib.util.spec_from_file_location("compare_real", FOLDER / "compare.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    for _, file, flags, environment in module.PROGRAMS.values():
+        text = (FOLDER / "peers" / file).read_text()
+        assert environment in ("ours", "peers")
+        for flag in flags:
+            name, value = flag.removeprefix("--").split("=")
+            assert f"{name}=(" in text and f'"{value}"' in text

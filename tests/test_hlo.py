@@ -1,0 +1,145 @@
+"""What XLA made of the train step: facts that hold on a busy machine too, where a clock says little."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from test_pooling import literal_graph
+
+from cxa_jax.data.fake_xrays import make_fake_dataset
+from cxa_jax.hlo import ANALYSIS_ONLY, analyze_cost, analyze_memory, count_collectives, parse_instructions
+from cxa_jax.measurements import lower_train_step, make_step_batch
+from cxa_jax.run import create_run
+from cxa_jax.sharding import replicated
+
+BATCH = 8
+IMPLEMENTATIONS = ["fused", pytest.param("plain", marks=pytest.mark.slow)]
+SHARDED = pathlib.Path(__file__).with_name("sharded_hlo.py")
+TEXT = """
+ENTRY %main (p: f32[4,8]) -> f32[4,8] {
+  %p = f32[4,8]{1,0} parameter(0)
+  %start = (f32[4,8]{1,0}, bf16[3]{0}) all-reduce-start(%p, %q), replica_groups={}
+  %done = (f32[4,8]{1,0}, bf16[3]{0}) all-reduce-done(%start)
+  %gather = s32[16]{0} all-gather(%r), dimensions={0}
+  %flag = pred[] constant(false)
+  ROOT %out = f32[4,8]{1,0:T(8,128)} add(%p, %p)
+}
+"""
+
+
+def lower(backbone="tiny", **fields):
+    config = tiny.make_config(**{"train.batch_size": BATCH, "model.backbone": backbone, **fields})
+    run = create_run(config, make_fake_dataset(config.data.image_size, 8))
+    return run, lower_train_step(run, BATCH)
+
+
+@pytest.fixture(scope="module", params=IMPLEMENTATIONS)
+def step(request):
+    run, lowered = lower(**{"model.implementation": request.param})
+    compiled = lowered.compile(ANALYSIS_ONLY)
+    return run, lowered, compiled, parse_instructions(compiled.as_text())
+
+
+def test_text_is_parsed():
+    instructions = parse_instructions(TEXT)
+    assert [i.op for i in instructions] == [
+        "parameter", "all-reduce-start", "all-reduce-done", "all-gather", "constant", "add"
+    ]  # fmt: skip
+    assert instructions[1].arrays == (("f32", (4, 8)), ("bf16", (3,)))
+    assert [i.num_bytes for i in instructions] == [128, 134, 134, 64, 1, 128]
+    assert count_collectives(TEXT) == {
+        "all-reduce": {"count": 1, "arrays": 2, "bytes": 134},
+        "all-gather": {"count": 1, "arrays": 1, "bytes": 64},
+    }
+
+
+def test_cost_of_a_matrix_product():
+    a, b = jnp.ones((64, 32)), jnp.ones((32, 16))
+    lowered = jax.jit(jnp.dot).lower(a, b)
+    cost = analyze_cost(lowered, lowered.compile(), num_devices=1)
+    assert cost == {"flops": 2 * 64 * 32 * 16, "bytes_accessed": 4 * (64 * 32 + 32 * 16 + 64 * 16)}
+
+
+def test_nothing_is_computed_in_float64(step):
+    assert not {type_ for i in step[3] for type_, _ in i.arrays} & {"f64", "c128"}
+
+
+def test_grey_bytes_cross_and_nothing_larger(step):
+    batch = jax.tree.leaves(step[2].in_avals[0][1])
+    assert sorted((str(aval.dtype), aval.shape) for aval in batch) == [
+        ("bool", (BATCH,)), ("int32", (BATCH,)), ("uint8", (BATCH, tiny.SIZE, tiny.SIZE, 1))
+    ]  # fmt: skip
+
+
+def test_the_state_is_updated_in_place(step):
+    run, _, compiled, _ = step
+    memory = analyze_memory(compiled)
+    assert memory["aliased"] >= sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.abstract_state))
+    assert memory["all"] == memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temp"]
+
+
+def test_attention_is_never_spread_over_the_channels(step):
+    """The paper's convolution of ones makes W [B, h, w, C]; here the pooling contracts instead."""
+    run, lowered, *_ = step
+    cells, channels = f"{BATCH}x2x2", run.model.backbone.num_features
+    spread = re.compile(rf"(?:broadcast|convolution).*tensor<{cells}(?:x1)?xf32>.* -> tensor<{cells}x{channels}xf32>")
+    features, logits = jnp.ones((BATCH, 2, 2, channels)), jnp.ones((BATCH, 2, 2, 1))
+    assert spread.search(jax.jit(literal_graph).lower(features, logits).as_text())
+    assert not spread.search(lowered.as_text())
+
+
+def test_no_transposes_of_feature_maps(step):
+    """A layout change of an image-sized array costs as much as a layer; weights may be turned, they are small."""
+    run, _, _, instructions = step
+    largest_kernel = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.abstract_state.params))
+    large = [i.arrays for i in instructions if i.op == "transpose" and i.num_bytes > largest_kernel]
+    if run.model.backbone.implementation == "fused":
+        # XLA:CPU turns both operands of the 7x7 stem's weight gradient; each layer of the plain graph has such a pair.
+        side = tiny.SIZE
+        assert set(large) <= {(("f32", (side // 2, side // 2, BATCH, 64)),), (("f32", (3, side, side, BATCH)),)}
+    else:
+        assert len(large) <= 2 * 12
+
+
+def test_steps_compile_once():
+    run = create_run(tiny.make_config(), make_fake_dataset(tiny.SIZE, 16))
+    state, batch = run.create_state(), make_step_batch(run)
+    for scale in (1.0, 1.0, 0.3, 0.09):  # the plateau's scale is an argument, no constant
+        rate_scale = jax.device_put(np.float32(scale), replicated(run.mesh))
+        state, _ = run.train_step(state, batch, rate_scale, run.root_key)
+    assert run.train_step._cache_size() == 1
+
+
+def temp_bytes(backbone, implementation, **fields):
+    _, lowered = lower(backbone, **{"model.implementation": implementation}, **fields)
+    return analyze_memory(lowered.compile(ANALYSIS_ONLY))["temp"]
+
+
+@pytest.mark.slow
+def test_fused_densenet121_needs_three_quarters_of_the_memory():
+    fields = {"data.image_size": 128}
+    assert temp_bytes("densenet121", "fused", **fields) <= 0.75 * temp_bytes("densenet121", "plain", **fields)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_devices_exchange_sums_alone(implementation):
+    """Gradients once, and each batch norm's moments: no activation, no parameter is gathered or moved."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(SHARDED), implementation]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["devices"] == 4
+    sums = found["collectives"].pop("all-reduce")
+    # Forward two moments, backward two sums of each channel of a norm; statistics hold two numbers for each.
+    assert found["params"] <= sums["bytes"] <= found["params"] + 2 * found["statistics"] + 4096
+    assert sums["count"] <= 2 * found["norms"] + 2  # all gradients at once, the loss, and each norm's sums
+    assert not found["collectives"]
