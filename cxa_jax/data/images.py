@@ -15,19 +15,26 @@ from PIL import Image
 from cxa_jax.data.parallel import ordered_map
 from cxa_jax.errors import UserError
 
+DICOM_SUFFIXES = (".dcm", ".dicom", ".dic")
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+_GREY_MODES = (*_SIXTEEN_BIT_MODES, "1", "L", "LA", "F")
 _RANGE_BITS = (8, 12, 16)  # what scanners and exporters put into a 16-bit file
 _CHUNK = 8  # images a task: large enough to hide the hand-over, small enough to bound memory
+_COLOUR_SHARE, _COLOUR_LEVELS = 0.01, 16  # colour is more than this share of pixels with channels this far apart
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 class GreyImage(NamedTuple):
-    """One converted file: pixels uint8 [S, S], and what the file was: Pillow's mode, width and height in px."""
+    """One converted file: pixels uint8 [S, S], and what the file was.
+
+    The latter are Pillow's mode ('DICOM ...' for DICOM), width and height in px, and notes: what is odd about the file.
+    """
 
     pixels: np.ndarray
     mode: str
     width: int
     height: int
+    notes: tuple[str, ...] = ()
 
 
 def decode_grey(path: str | os.PathLike) -> tuple[np.ndarray, str]:
@@ -46,9 +53,38 @@ def decode_grey(path: str | os.PathLike) -> tuple[np.ndarray, str]:
     Raises:
       UserError: if the file is missing, truncated, damaged or not an image, or holds floats or more than 16 bits.
     """
+    return read_grey(path)[:2]
+
+
+def read_grey(path: str | os.PathLike) -> tuple[np.ndarray, str, tuple[str, ...]]:
+    """Read any image file as `decode_grey` does, DICOM too (`dicom.read_dicom`).
+
+    Returns:
+      Pixels uint8 [H, W], the file's mode, and notes: what is odd about it (colour, several frames, DICOM tags).
+    """
+    if is_dicom(path):
+        from cxa_jax.data import dicom  # here: workers that see no DICOM do without pydicom
+
+        pixels, mode, notes = dicom.read_dicom(path)
+        if pixels.ndim == 3:
+            return dicom.to_luminance(pixels), mode, _note_colour(pixels) + notes
+        return pixels, mode, notes
     with _open_image(path) as image:
         image.load()
-        return _to_grey(image), image.mode
+        pixels, mode = _to_grey(image), image.mode
+        notes = () if mode in _GREY_MODES else _note_colour(np.asarray(_without_palette(image).convert("RGB")))
+        num_frames = getattr(image, "n_frames", 1)  # formats of one frame have no such attribute
+        return pixels, mode, notes if num_frames == 1 else (*notes, f"the first of {num_frames} frames")
+
+
+def is_dicom(path: str | os.PathLike) -> bool:
+    """Tell by its first bytes, or its name, whether a file is DICOM; False where there is no such file."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(132)
+    except OSError:
+        return False
+    return start[128:] == b"DICM" or os.fspath(path).lower().endswith(DICOM_SUFFIXES)
 
 
 def measure_image(path: str | os.PathLike) -> tuple[int, int]:
@@ -74,9 +110,9 @@ def resize_square(pixels: np.ndarray, size: int) -> np.ndarray:
 
 def load_grey(path: str | os.PathLike, size: int) -> GreyImage:
     """Read one file as grey [size, size], with its own mode and size; raises as `decode_grey`."""
-    pixels, mode = decode_grey(path)
+    pixels, mode, notes = read_grey(path)
     height, width = pixels.shape
-    return GreyImage(resize_square(pixels, size), mode, width, height)
+    return GreyImage(resize_square(pixels, size), mode, width, height, notes)
 
 
 def convert_images(paths: Sequence[pathlib.Path], size: int, num_workers: int) -> Iterator[GreyImage]:
@@ -128,9 +164,18 @@ def _to_grey(image: Image.Image) -> np.ndarray:
         return _narrow(np.asarray(image))
     if image.mode == "F":
         raise ValueError("floating point pixels have no known range")
-    if image.mode in ("P", "PA"):  # a palette may be transparent: through RGBA, or Pillow warns and guesses
-        image = image.convert("RGBA")
-    return np.asarray(image.convert("L"))
+    return np.asarray(_without_palette(image).convert("L"))
+
+
+def _without_palette(image: Image.Image) -> Image.Image:
+    # A palette may be transparent: through RGBA, or Pillow warns and guesses.
+    return image.convert("RGBA") if image.mode in ("P", "PA") else image
+
+
+def _note_colour(rgb: np.ndarray) -> tuple[str, ...]:
+    spread = rgb.max(axis=2).astype(np.int16) - rgb.min(axis=2)
+    share = float(np.mean(spread > _COLOUR_LEVELS))
+    return (f"colour in {share:.0%} of the pixels, read as luminance",) if share > _COLOUR_SHARE else ()
 
 
 def _narrow(pixels: np.ndarray) -> np.ndarray:

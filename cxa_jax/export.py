@@ -1,0 +1,84 @@
+"""A trained run as one file that jax alone can run: StableHLO with the weights inside, and what one must know of it."""
+
+import hashlib
+import logging
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import export as jax_export
+
+from cxa_jax.data.augment import normalize_images, to_rgb
+from cxa_jax.panels import FOOTER
+from cxa_jax.trained_network import TrainedNetwork, load_trained_network
+from cxa_jax.workdir import describe_environment, to_json, write_atomically
+
+log = logging.getLogger(__name__)
+
+PLATFORMS = ("cpu", "cuda")
+ARTEFACT, DESCRIPTION = "model.stablehlo", "model.json"
+
+
+def export(workdir: str, output: str | None = None) -> pathlib.Path:
+    """Write the best state of `workdir` as `output`/model.stablehlo and model.json (default `workdir`/export).
+
+    The artefact is a serialised `jax.export.Exported` of images float32 [batch, S, S] -> probability [batch], logit
+    [batch], attention [batch, h, w]; any batch; grey levels 0-255, whole (bytes) or fractional, 255 = white = dense.
+    Normalisation is inside, resizing is not.
+
+    Raises:
+      UserError: no such run, or no best state.
+    """
+    network = load_trained_network(workdir, implementation="plain")  # the fused graph is tuned to CPUs
+    folder = pathlib.Path(output).expanduser().absolute() if output else network.folder / "export"
+    folder.mkdir(parents=True, exist_ok=True)
+    artefact = bytes(export_network(network).serialize())
+    temporary = folder / f"{ARTEFACT}.{os.getpid()}.tmp"
+    temporary.write_bytes(artefact)
+    os.replace(temporary, folder / ARTEFACT)
+    write_atomically(folder / DESCRIPTION, to_json(_describe(network, artefact)))
+    log.info("%s: %.1f MB for %s; examples/run_exported.py runs it. %s",
+             folder / ARTEFACT, len(artefact) / 1e6, " and ".join(PLATFORMS), FOOTER)  # fmt: skip
+    return folder
+
+
+def export_network(network: TrainedNetwork) -> jax_export.Exported:
+    """Trace and lower the network for every platform of PLATFORMS, the batch a symbol, the weights constants."""
+    variables = jax.device_get(network.variables)
+
+    def run(images: jax.Array) -> dict[str, jax.Array]:
+        grey = normalize_images(images[..., None], network.normalization)
+        logit, out = network.model.apply(variables, to_rgb(grey, network.normalization), train=False)
+        return {"probability": jax.nn.sigmoid(logit), "logit": logit, "attention": out["attention"][..., 0]}
+
+    (batch,) = jax_export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, network.image_size, network.image_size), jnp.float32)
+    return jax_export.export(jax.jit(run), platforms=PLATFORMS)(images)
+
+
+def _describe(network: TrainedNetwork, artefact: bytes) -> dict[str, Any]:
+    size, backbone = network.image_size, network.model.backbone
+    return {
+        "remark": FOOTER,
+        "sha256": hashlib.sha256(artefact).hexdigest(),
+        "input": f"images float32 [batch, {size}, {size}], grey levels 0-255, white = dense; whole image, resized to a "
+        "square: bilinear, antialiased when shrinking",
+        "output": {
+            "probability": "of cardiomegaly, not calibrated, [batch]",
+            "logit": "its logit, [batch]",
+            "attention": "W in [0, 1], [batch, h, w]" if network.has_attention else "constant: this network has none",
+        },
+        "attention_geometry": {"stride_px": backbone.stride, "offset_px": backbone.offset},
+        "image_size": size,
+        "normalization": f"{network.normalization}, inside the artefact",
+        "threshold": network.threshold,
+        "threshold_origin": network.threshold_origin,
+        "calibration": None if network.calibration is None else vars(network.calibration),
+        "platforms": PLATFORMS,
+        "trained_on_phantoms": network.is_phantom,
+        "trained_on": network.meta["fingerprint"],
+        "checkpoint_step": network.meta["progress"]["best_step"],
+        "environment": describe_environment(),
+    }

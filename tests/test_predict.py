@@ -1,0 +1,125 @@
+"""Foreign images by a finished run: the scores of evaluation, every file a row, nothing hidden, nothing overwritten."""
+
+import csv
+import json
+import types
+
+import numpy as np
+import pytest
+import saved_run
+import test_dicom
+from PIL import Image
+from scipy.special import expit
+
+from cxa_jax.errors import UserError
+from cxa_jax.evaluate import evaluate_split
+from cxa_jax.predict import COLUMNS, locate, predict
+from cxa_jax.trained_network import load_trained_network, read_run_config
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    run, variables = saved_run.save_run(folder)
+    split = run.dataset.splits["test"]
+    (folder / "png").mkdir()
+    for row in range(len(split.source)):
+        Image.fromarray(split.read_image(row)[..., 0]).save(folder / "png" / f"{split.index['id'][row]}.png")
+    evaluated = evaluate_split(run.eval_step, variables, split, run.mesh, batch_size=8, num_threads=0)
+    return folder, evaluated
+
+
+@pytest.fixture(scope="module")
+def rows(workdir):
+    folder, _ = workdir
+    (folder / "png" / "zz_broken.png").write_bytes((folder / "png" / "test000.png").read_bytes()[:200])
+    with pytest.raises(UserError, match="2 of 21 inputs could not be read"):
+        predict(str(folder), [str(folder / "png"), str(folder / "nothing.png")])
+    with (folder / "predict" / "predictions.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_prepared_pngs_score_as_in_evaluation(workdir, rows):
+    folder, evaluated = workdir
+    assert [row["path"] for row in rows[:19]] == [f"{folder}/png/{name}.png" for name in evaluated.index["id"]]
+    np.testing.assert_allclose([float(row["logit"]) for row in rows[:19]], evaluated.logit, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose([float(row["score"]) for row in rows[:19]], evaluated.score, rtol=1e-6)
+
+
+def test_rows_say_what_was_decided_and_why(rows):
+    assert tuple(rows[0]) == COLUMNS
+    for row in rows[:19]:
+        score, logit = float(row["score"]), float(row["logit"])
+        calibrated = expit(saved_run.PLATT["scale"] * logit + saved_run.PLATT["bias"])
+        assert float(row["calibrated_score"]) == pytest.approx(calibrated)
+        assert float(row["threshold"]) == saved_run.THRESHOLD and "dev" in row["threshold_origin"]
+        assert row["decision"] == ("cardiomegaly" if score >= saved_run.THRESHOLD else "no finding")
+        assert bool(row["box_x"]) == (row["decision"] == "cardiomegaly")
+        assert row["error"] == ""
+
+
+def test_a_bad_file_is_a_row(rows):
+    assert [bool(row["error"]) for row in rows] == 19 * [False] + [True, True]
+    assert "cannot be read as an image" in rows[19]["error"] and "No such file" in rows[20]["error"]
+    assert all(rows[19][name] == "" for name in COLUMNS if name not in ("path", "error"))
+
+
+def test_pictures_and_summary(workdir, rows):
+    folder = workdir[0] / "predict"
+    pictures = sorted(path.name for path in (folder / "panels").iterdir())
+    assert [f"panels/{name}" for name in pictures] == [row["picture"] for row in rows[:19]]
+    picture = np.asarray(Image.open(folder / rows[0]["picture"]))
+    assert picture.shape[1] > 3 * 400 and picture.std() > 20
+    assert [path.name for path in folder.glob("sheet_*.png")] == ["sheet_001.png"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["counts"]["errors"] == 2 and summary["counts"]["predicted"] == 19
+    assert "not a medical device" in summary["remark"] and "drawings" in summary["remark"]
+    assert not list(folder.glob("*.partial"))
+
+
+def test_predictions_are_not_overwritten(workdir, rows):
+    with pytest.raises(UserError, match="--output"):
+        predict(str(workdir[0]), [str(workdir[0] / "png")])
+
+
+def test_box_is_in_pixels_of_the_file_and_no_patient_is_named(workdir, tmp_path, rows):
+    """The same picture at three times the width and twice the height has its box there."""
+    folder, evaluated = workdir
+    positive = int(np.argmax(evaluated.score))
+    assert evaluated.score[positive] >= saved_run.THRESHOLD, "the tiny network calls nothing positive"
+    image = Image.open(rows[positive]["path"])
+    image.resize((192, 128), Image.Resampling.NEAREST).save(tmp_path / "big.png")
+    # antialiasing gives a little other pixels, so the box may move by what the map's slope makes of that
+    test_dicom.write(tmp_path / "a.dcm", WindowCenter=2000, WindowWidth=4000)
+    predict(str(folder), [str(tmp_path / "big.png"), str(tmp_path / "a.dcm")], str(tmp_path / "out"))
+    written = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert b"a.dcm" in written and test_dicom.SECRET.encode() not in written
+    with (tmp_path / "out" / "predictions.csv").open(newline="") as file:
+        big = next(csv.DictReader(file))
+    for axis, factor in (("x", 3), ("w", 3), ("y", 2), ("h", 2)):
+        assert float(big[f"box_{axis}"]) == pytest.approx(factor * float(rows[positive][f"box_{axis}"]), abs=4 * factor)
+
+
+def test_map_of_a_network_without_attention():
+    backbone = types.SimpleNamespace(stride=32, offset=14)
+    network = types.SimpleNamespace(has_attention=False, image_size=64, model=types.SimpleNamespace(backbone=backbone))
+    evidence = np.random.default_rng(0).normal(size=(2, 2)).astype(np.float32)
+    heat, box = locate(network, {"attention": np.full((2, 2), 0.5, np.float32), "evidence": evidence})
+    assert heat.shape == (64, 64) and heat.min() >= 0 and heat.max() == 1 and box is not None
+
+
+def test_older_config_takes_defaults_and_foreign_fields_are_named(workdir, tmp_path):
+    stored = json.loads((workdir[0] / "config.json").read_text())
+    del stored["init"], stored["eval"]["overlay_intensity"]
+    stored["train"]["from_the_future"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert read_run_config(tmp_path).eval.overlay_intensity == 0.2
+    stored["model"]["from_the_future"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="model.from_the_future"):
+        read_run_config(tmp_path)
+
+
+def test_what_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="holds no trained run"):
+        load_trained_network(str(tmp_path))

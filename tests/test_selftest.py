@@ -1,0 +1,34 @@
+"""The check of an installation passes here, and fails when a number is off."""
+
+import numpy as np
+import pytest
+
+from cxa_jax import selftest
+from cxa_jax.errors import UserError
+
+
+def test_passes_here_and_names_every_comparison():
+    differences = selftest.selftest()
+    assert len(differences) == 1 + len(selftest.OUTPUTS) * len(selftest.IMPLEMENTATIONS)
+    assert differences["phantoms, grey levels"] <= selftest.MAX_LEVELS
+    assert max(value for name, value in differences.items() if "graph" in name) < 1e-4
+
+
+def test_stored_values_are_worth_comparing():
+    with np.load(selftest.VALUES) as stored:
+        assert stored["images"].shape == (selftest.NUM_IMAGES, selftest.SIZE, selftest.SIZE)
+        assert (
+            np.ptp(stored["score"]) > 0.02 and np.ptp(stored["attention"]) > 0.1 and np.ptp(stored["evidence"]) > 0.02
+        )
+    assert selftest.VALUES.stat().st_size < 100_000
+
+
+@pytest.mark.parametrize("error", [0.01, np.nan])
+def test_a_wrong_number_fails(monkeypatch, error):
+    with np.load(selftest.VALUES) as stored:
+        values = dict(stored)
+    values["attention"] = values["attention"] + error
+    monkeypatch.setattr(selftest, "draw_images", lambda: values["images"])
+    monkeypatch.setattr(selftest, "compute_outputs", lambda images, implementation: values)
+    with pytest.raises(UserError, match="attention, plain graph, attention, fused graph beyond"):
+        selftest.selftest()
