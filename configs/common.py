@@ -23,6 +23,7 @@ def get_config(name: str, backbone: str, variants: str = "") -> ConfigDict:
     config.optimizer = _optimizer()
     config.train = _train()
     config.eval = _eval()
+    config.benchmark = _benchmark()
     for variant in filter(None, variants.split(",")):
         if variant not in VARIANTS:
             raise ValueError(f"unknown variant {variant!r} of configs/{name}.py; known are {', '.join(VARIANTS)}")
@@ -34,9 +35,11 @@ def get_config(name: str, backbone: str, variants: str = "") -> ConfigDict:
 def _data() -> ConfigDict:
     return ConfigDict(
         {
-            "name": "auto",  # 'auto' (prepared ChestX-ray14, else the phantom) | 'chestxray14' | 'chest_phantom'
+            # 'auto' (prepared ChestX-ray14, else the phantom) | 'chestxray14' | 'chest_phantom' | 'image_folder'
+            "name": "auto",  # which data set
             "data_dir": "data",  # where prepared data sets live; relative to the working directory
-            "manual_dir": "",  # the NIH download (CSV files, lists, images at any depth); read by --mode=prepare
+            # The NIH download (CSV files, lists, images at any depth), or the folder of one's own images.
+            "manual_dir": "",  # read by --mode=prepare
             "image_size": 224,  # px, side of the stored and trained image (Tables 2, 3)
             "normalization": "min_max",  # 'min_max' per image (R8) | 'div255'; imported weights bring ImageNet's (A17)
             "dev_fraction": 0.1,  # share of the official training list kept for dev (R4)
@@ -47,6 +50,13 @@ def _data() -> ConfigDict:
             "negatives_per_positive": 4,  # k of 'balanced', negatives drawn anew every epoch
             "num_threads": 2,  # reader threads; more is slower on small records
             "num_workers": 0,  # processes that prepare data; 0 = one for each core
+            "folder": {  # of 'image_folder'
+                "positive": "cardiomegaly",  # label 1: name of its folders, or value in the table's column `label`
+                "negative": "no_finding",  # label 0
+                "patient_regex": "",  # finds the patient in an image's path (group 1, else the match); '' = unknown
+                "table": "",  # CSV with path, label, and if known patient, split, boxes, view, sex, age; '' = folders
+                "test_fraction": 0.15,  # share of test where no split is named; drawn by patient
+            },
             "phantom": {
                 "preset": "hard",  # 'easy' | 'hard' | 'natural'
                 "num_patients": 1000,  # of 1-4 images each; 70 % train, 15 % dev, 15 % test
@@ -79,10 +89,10 @@ def _model(backbone: str) -> ConfigDict:
             "backbone": backbone,  # 'densenet121' | 'densenet201' | 'resnet50' | 'inception_resnet_v2' (Table 2)
             "pooling": "amm",  # 'amm' (Eq. 9) | 'gap' | the others of cxa_jax.pooling.POOLINGS
             "head": "mlp",  # 'mlp': dense 128 ELU, dense 1 (Table 3) | 'linear': dense 1 (exact CAM)
+            "labels": "cardiomegaly",  # 'cardiomegaly' | 'findings': NIH's 13 others too, a map for each (A3); X-rays
             "attended": "normalized",  # W multiplies BN(F) 'normalized' | F 'raw' (A1)
             "dropout": 0.5,  # before each dense layer of the head (A6)
             "dtype": "float32",  # compute type of the backbone: 'float32' | 'bfloat16'; the rest stays float32
-            "remat": False,  # recompute activations in the backward pass: less memory, more time
             "implementation": "auto",  # graph of the backbone: 'auto' (by platform) | 'plain' | 'fused'; same function
         }
     )
@@ -93,6 +103,9 @@ def _init() -> ConfigDict:
     return ConfigDict(
         {
             "keras_weights": "",  # file of Keras applications weights (R11)
+            "torch_weights": "",  # state dict of a PyTorch DenseNet (.safetensors, .pt, .pth)
+            # 'imagenet_torch' (torchvision) | 'xrv' (torchxrayvision) | 'div255'
+            "torch_normalization": "imagenet_torch",  # of the images those weights were trained on
             "run": "",  # workdir of another run, such as one on phantoms: the backbone of its best state
         }
     )
@@ -118,7 +131,12 @@ def _train() -> ConfigDict:
             "batch_size": 16,  # R12, over all devices together
             "num_epochs": 200,  # at most (A24)
             "class_weights": "balanced",  # 'balanced': N / (2 N_c) over the images of an epoch (R9, A12) | 'none'
+            "loss": "bce",  # 'bce' (Eq. 1) | 'smoothed' | 'gce': for labels that may be wrong; dev_loss stays Eq. (1)
+            "label_smoothing": 0.1,  # of 'smoothed': 0 is Eq. (1), 1 forgets the labels
+            "gce_exponent": 0.7,  # of 'gce': towards 0 Eq. (1), 1 the mean absolute error
+            "attention_negative_weight": 0.0,  # adds weight x mean W over negatives to the loss; 0 = the paper's loss
             "select_by": "dev_loss",  # 'dev_loss' (R14, unweighted: A13) | 'dev_loss_weighted' | 'dev_auroc'
+            "remat": False,  # recompute activations in the backward pass: less memory, more time, the same function
             "checkpoint_every_steps": 0,  # besides every epoch's end; 0 = epochs only
             "resume_changed": False,  # True: resume although config or data differ from the run's
         }
@@ -131,7 +149,30 @@ def _eval() -> ConfigDict:
             "batch_size": 32,  # images; memory is bounded by it
             "image_size": 0,  # px, test-time size; 0 = the training size (A14)
             "overlay_intensity": 0.2,  # of the colour map over the X-ray (Figs. 1, 8)
+            "map_threshold": 0.0,  # of a scaled map, in (0, 1), tuned on phantoms: one more rule for boxes; 0 = none
             "num_bootstrap": 2000,  # patient-clustered resamples behind each interval
+        }
+    )
+
+
+def ablation() -> ConfigDict:
+    """Return the section of --mode=ablate, for configs/ablation.py."""
+    return ConfigDict(
+        {
+            "poolings": "amm,gap,softmax,lse",  # names separated by commas, or 'all' of cxa_jax.pooling.POOLINGS
+            "seeds": (0, 1, 2),  # of the trainings
+            "num_parallel": 0,  # runs at a time; 0 = one for each core, pinned to it; on an accelerator 1
+        }
+    )
+
+
+def _benchmark() -> ConfigDict:
+    # --mode=benchmark times the config as it is, on noise.
+    return ConfigDict(
+        {
+            "num_steps": 20,  # timed, of each kind
+            "num_warmup": 2,  # run before them, not counted
+            "memory_gib": 0.0,  # GiB that the largest batch shall fit; 0 = the device's (a CPU: not searched)
         }
     )
 
@@ -168,6 +209,13 @@ def _phantom_hour(config: ConfigDict) -> None:
     config.train.num_epochs = 8
 
 
+def _phantom_small(config: ConfigDict) -> None:
+    """Five minutes on one core: the phantoms of phantom_quick for two epochs, the size of one run of the ablation."""
+    _phantom_quick(config)
+    config.optimizer.learning_rate = 0.03
+    config.train.num_epochs = 2
+
+
 def _research(config: ConfigDict) -> None:
     """Dev patients are in no other split, so that what is chosen on dev is chosen honestly (A23)."""
     config.data.dev_split = "patient"
@@ -197,6 +245,7 @@ VARIANTS = {
     "gap_mlp": _gap_mlp,
     "phantom_quick": _phantom_quick,
     "phantom_hour": _phantom_hour,
+    "phantom_small": _phantom_small,
     "research": _research,
     "nih_128": _nih_128,
 }

@@ -3,18 +3,24 @@
 from ml_collections import ConfigDict
 
 from cxa_jax.errors import UserError
+from cxa_jax.pooling import FEATURES_ONLY
 
 CHOICES = {
     "train.class_weights": ("balanced", "none"),
+    "train.loss": ("bce", "smoothed", "gce"),
     "train.select_by": ("dev_loss", "dev_loss_weighted", "dev_auroc"),
     "data.normalization": ("min_max", "div255"),
     "data.dev_split": ("image", "patient"),
+    "init.torch_normalization": ("imagenet_torch", "xrv", "div255"),
 }
 # Inclusive bounds; None is no bound.
 RANGES = {
     "seed": (0, 2**32 - 1),
     "train.num_epochs": (1, None),
     "train.checkpoint_every_steps": (0, None),
+    "train.label_smoothing": (0, 1),
+    "train.gce_exponent": (0.01, 1),
+    "train.attention_negative_weight": (0, None),
     "optimizer.learning_rate": (0, None),
     "optimizer.momentum": (0, 1),
     "optimizer.plateau_factor": (0, 1),
@@ -24,7 +30,11 @@ RANGES = {
     "optimizer.early_stop_min_delta": (0, None),
     "eval.image_size": (0, None),
     "eval.overlay_intensity": (0, 1),
+    "eval.map_threshold": (0, 0.99),
     "eval.num_bootstrap": (1, None),
+    "benchmark.num_steps": (1, None),
+    "benchmark.num_warmup": (0, None),
+    "benchmark.memory_gib": (0, None),
 }
 
 
@@ -46,8 +56,15 @@ def check_config(config: ConfigDict, min_size: int) -> None:
         if not value >= low or (high is not None and not value <= high):  # also true of nan
             allowed = f"at least {low}" if high is None else f"from {low} to {high}"
             raise UserError(f"config.{name}={value} must be {allowed}")
-    if config.init.keras_weights and config.init.run:
-        raise UserError("config.init.keras_weights and config.init.run are both set: choose one")
+    weight, pooling = config.train.attention_negative_weight, config.model.pooling
+    if weight and pooling in FEATURES_ONLY:
+        raise UserError(
+            f"config.train.attention_negative_weight={weight} needs attention, "
+            f"and config.model.pooling={pooling!r} has none"
+        )
+    sources = [f"config.init.{name}" for name in ("keras_weights", "torch_weights", "run") if config.init[name]]
+    if len(sources) > 1:
+        raise UserError(f"{' and '.join(sources)} are both set: choose one")
     for name in ("data.image_size", "eval.image_size"):
         if (name == "data.image_size" or _get(config, name)) and _get(config, name) < min_size:
             raise UserError(f"config.{name}={_get(config, name)}: {config.model.backbone} needs at least {min_size} px")

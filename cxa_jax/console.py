@@ -23,13 +23,19 @@ def log_to_console() -> None:
     logger.addHandler(_Handler())
 
 
-def progress_bar(total: int, description: str, *, initial: int = 0, disable: bool = False) -> tqdm:
+def shorten_traceback(error: Exception) -> str:
+    """Return an error's message in lines; of a traceback it quotes, the first and the last: what went wrong."""
+    lines = [line.strip() for line in str(error).replace("\\n", "\n").splitlines() if line.strip()]
+    return "\n  ".join(lines if "Traceback" not in str(error) else [lines[0], lines[-1]])
+
+
+def progress_bar(total: int, description: str, *, initial: int = 0, disable: bool = False, unit: str = "img") -> tqdm:
     """Return a bar over images with rate and time to go; redrawn twice a minute where the output is no terminal."""
     return tqdm(
         total=total,
         initial=initial,
         desc=description,
-        unit="img",
+        unit=unit,
         mininterval=0.2 if sys.stderr.isatty() else 30.0,
         dynamic_ncols=True,
         disable=disable,

@@ -13,6 +13,7 @@ from cxa_jax.array_types import PyTree
 from cxa_jax.console import progress_bar
 from cxa_jax.data.datasets import Split
 from cxa_jax.data.pipeline import make_eval_iterator
+from cxa_jax.predictions import ATTRIBUTES, PredictionTable
 from cxa_jax.sharding import put_batch
 
 
@@ -27,6 +28,10 @@ class Predictions:
       logit: float32 [N].
       attention: W, float32 [N, h, w] in [0, 1].
       evidence: class-evidence map, float32 [N, h, w], in logits: its sum is the share of the pooled features.
+      weights: p of the pooling, averaged over channels where each has its own, float32 [N, h, w], non-negative.
+      grad_cam: Grad-CAM through pooling and head, float32 [N, h, w].
+      cam: class-activation map, float32 [N, h, w]; None unless the head is linear.
+      finding_logits: float32 [N, 14], of the findings in their order; None unless the network has a map for each.
     """
 
     split: str
@@ -35,6 +40,22 @@ class Predictions:
     logit: np.ndarray
     attention: np.ndarray
     evidence: np.ndarray
+    weights: np.ndarray
+    grad_cam: np.ndarray | None = None
+    cam: np.ndarray | None = None
+    finding_logits: np.ndarray | None = None
+
+    @property
+    def maps(self) -> dict[str, np.ndarray]:
+        """The maps by name, [N, h, w] each, without those that say nothing: one value in every cell of every image."""
+        named = {name: getattr(self, name) for name in ("attention", "weights", "evidence", "cam", "grad_cam")}
+        return {name: maps for name, maps in named.items() if maps is not None and np.ptp(maps) > 0}
+
+    def to_table(self) -> PredictionTable:
+        """Return id, label, score, patient, logit and attributes, as predictions_NAME.csv has them."""
+        attributes = {name: self.index[name] for name in ATTRIBUTES if name in self.index}
+        logit = self.logit.astype(np.float64)
+        return PredictionTable(self.index["id"], self.label, self.score, self.index["patient"], logit, attributes)
 
     @property
     def score(self) -> np.ndarray:

@@ -18,12 +18,14 @@ from cxa_jax.steps import augment_batch
 NUM_EACH = 2  # test images of each kind on a sheet
 PHANTOM_MARK = "chest phantom (drawings, not X-rays of patients)"
 CLASSES = ("no finding", "cardiomegaly")
+# Perceptually even and readable by the colour-blind; 0 of HEAT is black, so that it leaves an X-ray as it is.
+HEAT, SIGNED = "magma", "PuOr_r"
 
 
 def save_figure(figure: Figure, path: pathlib.Path) -> None:
-    """Write a PNG, all or nothing."""
+    """Write a PNG or PDF, as the name says, all or nothing."""
     neighbour = path.with_name(f".{path.name}")
-    figure.savefig(neighbour, format="png", dpi=110)
+    figure.savefig(neighbour, format=path.suffix[1:], dpi=110)
     neighbour.replace(path)
 
 
@@ -38,12 +40,12 @@ def superimpose(image: np.ndarray, heat: np.ndarray, intensity: float) -> np.nda
     Returns:
       [H, W, 3] in [0, 1].
     """
-    colour = matplotlib.colormaps["jet"](heat)[..., :3]
+    colour = matplotlib.colormaps[HEAT](heat)[..., :3]
     return np.clip(image[..., None] + intensity * colour, 0, 1)
 
 
 def save_augmentation_grid(run: Run, path: pathlib.Path) -> None:
-    """Draw the first training batch as the network sees it, labels as titles (Fig. 3)."""
+    """Draw the first training batch as the network sees it, labels as titles (Fig. 3); as PNG and as PDF."""
     config = run.config
     size = max(16, config.train.batch_size)
     batch = next(make_train_iterator(run.dataset.splits["train"], config.data, batch_size=size, seed=config.seed))
@@ -57,6 +59,7 @@ def save_augmentation_grid(run: Run, path: pathlib.Path) -> None:
         axes.set_title(str(label))
         axes.set_axis_off()
     save_figure(figure, path)
+    save_figure(figure, path.with_suffix(".pdf"))
 
 
 def save_curves(run: Run, history: list[dict[str, Any]], path: pathlib.Path) -> None:
@@ -69,7 +72,7 @@ def save_curves(run: Run, history: list[dict[str, Any]], path: pathlib.Path) -> 
         losses.plot(epochs, [row[name] for row in history], marker=".", label=name.replace("_", " "))
     losses.set(xlabel="epoch", ylabel="binary cross-entropy")
     losses.legend()
-    auroc.plot(epochs, [row["dev_auroc"] for row in history], marker=".", color="tab:green")
+    auroc.plot(epochs, [row["dev_auroc"] for row in history], marker=".", color="tab:blue")
     auroc.set(xlabel="epoch", ylabel="dev AUROC")
     rate.step(epochs, [row["learning_rate"] for row in history], where="mid", color="tab:gray")
     rate.set(xlabel="epoch", ylabel="learning rate", yscale="log")
@@ -116,12 +119,12 @@ def save_attention_sheet(run: Run, predictions: Predictions, threshold: float, p
         for x, y, w, h in record["boxes"]:
             line[0].add_patch(matplotlib.patches.Rectangle((x, y), w, h, fill=False, edgecolor="lime"))
         line[0].set_title(f"{predictions.index['id'][row]}: {CLASSES[predictions.label[row]]}", fontsize=9)
-        shown = line[1].imshow(heat, cmap="jet", vmin=0, vmax=1)
+        shown = line[1].imshow(heat, cmap=HEAT, vmin=0, vmax=1)
         line[1].set_title("attention W", fontsize=9)
         figure.colorbar(shown, ax=line[1], fraction=0.046)
         line[2].imshow(superimpose(image, heat, run.config.eval.overlay_intensity))
         line[2].set_title(f"predicted {100 * predictions.score[row]:.1f} % cardiomegaly", fontsize=9)
-        shown = line[3].imshow(evidence, cmap="coolwarm", vmin=-limit, vmax=limit)
+        shown = line[3].imshow(evidence, cmap=SIGNED, vmin=-limit, vmax=limit)
         line[3].set_title("class evidence (logit a cell)", fontsize=9)
         figure.colorbar(shown, ax=line[3], fraction=0.046)
         for panel in line:
@@ -135,5 +138,4 @@ def _min_max(image: np.ndarray) -> np.ndarray:
 
 
 def _title(run: Run, text: str) -> str:
-    data = PHANTOM_MARK if run.dataset.is_phantom else "NIH ChestX-ray14"
-    return f"{run.config.model.backbone} + {run.config.model.pooling}: {text}\n{data}"
+    return f"{run.config.model.backbone} + {run.config.model.pooling}: {text}\n{run.dataset.title}"

@@ -4,16 +4,25 @@ import logging
 import pathlib
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from cxa_jax import figures
 from cxa_jax.array_types import PyTree
 from cxa_jax.checkpointing import Checkpoints
+from cxa_jax.classification import FIXED_THRESHOLD
+from cxa_jax.data.input_statistics import compute_input_statistics, save_input_statistics
 from cxa_jax.errors import UserError
 from cxa_jax.evaluate import Predictions, evaluate_split
+from cxa_jax.finding_metrics import write_findings
+from cxa_jax.localization_table import LocalizationTable, write_localization
+from cxa_jax.map_evaluation import evaluate_maps, find_boxed_images, tune_thresholds
+from cxa_jax.metrics import compute_youden_threshold
 from cxa_jax.predictions import write_predictions
-from cxa_jax.report import compute_report, format_summary
 from cxa_jax.run import Run, create_run, log_run
+from cxa_jax.run_metrics import compute_run_metrics
+from cxa_jax.saved_maps import choose_rows, save_maps
+from cxa_jax.summary import format_summary
 from cxa_jax.workdir import check_same_run, describe_environment, log_to_file, to_json, write_atomically
 
 log = logging.getLogger(__name__)
@@ -55,7 +64,15 @@ def write_outputs(run: Run, folder: pathlib.Path, output: pathlib.Path) -> dict[
     """Restore the best state of `folder`, predict dev and test, and write every number and picture to `output`."""
     variables, meta = restore_best(run, folder)
     dev, test = (predict_split(run, variables, name, output) for name in ("dev", "test"))
-    report = {"checkpoint": _describe_checkpoint(meta)} | compute_report(run, dev, test)
+    boxes = save_localization(run, dev, test, output)
+    if test.finding_logits is not None:
+        write_findings(test, run.config.eval.num_bootstrap, run.config.seed, output)
+    if output == folder:  # at the training size: what foreign images are compared with
+        statistics = compute_input_statistics(run.dataset.splits["train"], run.dataset.fingerprint)
+        save_input_statistics(statistics, folder)
+    report = {"checkpoint": _describe_checkpoint(meta)}
+    report |= compute_run_metrics(run, dev.to_table(), test.to_table(), boxes)
+    report["phantom_tuned_levels"] = tune_thresholds(run, dev, find_boxed_images(run.dataset.splits["dev"]))
     report |= {"config": meta["config"], "environment": describe_environment()}
     write_atomically(output / "metrics.json", to_json(report))
     history = meta["progress"]["history"]
@@ -63,8 +80,23 @@ def write_outputs(run: Run, folder: pathlib.Path, output: pathlib.Path) -> dict[
     chosen = report["test"]["at_dev_threshold"] or report["test"]["at_0.5"]
     figures.save_attention_sheet(run, test, chosen["threshold"], output / "test_attention.png")
     log.info("%s", format_summary(report))
-    log.info("everything is in %s: metrics.json, predictions_test.csv, test_attention.png, training_curves.png", output)
+    log.info("everything is in %s; a report of it: python launch.py --mode=report --workdirs=%s", output, output)
     return report
+
+
+def save_localization(run: Run, dev: Predictions, test: Predictions, output: pathlib.Path) -> LocalizationTable | None:
+    """Score the maps against the boxes, and write localization_test.csv and maps_test.npz."""
+    split, backbone = run.dataset.splits[test.split], run.model.backbone
+    boxed = find_boxed_images(split)
+    threshold = compute_youden_threshold(dev.label, dev.score)
+    if not np.isfinite(threshold):  # dev has one class
+        threshold = FIXED_THRESHOLD
+    table = evaluate_maps(run, test, boxed, threshold)
+    if table is not None:
+        write_localization(output / "localization_test.csv", table)
+    rows = choose_rows(test, boxed.rows)
+    save_maps(output / "maps_test.npz", test, split, rows, backbone.stride, backbone.offset)
+    return table
 
 
 def restore_best(run: Run, folder: pathlib.Path) -> tuple[dict[str, PyTree], dict[str, Any]]:
@@ -99,6 +131,7 @@ def predict_split(run: Run, variables: dict[str, PyTree], name: str, output: pat
         labels=predictions.label,
         logits=predictions.logit,
         scores=predictions.score,
+        attributes=predictions.to_table().attributes,
     )
     return predictions
 

@@ -3,7 +3,8 @@
 import csv
 import os
 import pathlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from cxa_jax.errors import UserError
 
 COLUMNS = ("id", "patient", "label", "logit", "score")
 REQUIRED_COLUMNS = ("id", "label", "score")
+ATTRIBUTES = ("view", "sex", "age", "findings")  # optional: what strata are made of
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class PredictionTable:
         score: float64 [N], probability of cardiomegaly.
         patient: str [N], or None where the file does not say: intervals then take every image for a patient.
         logit: float64 [N], score before the sigmoid, or None.
+        attributes: text [N] for each of ATTRIBUTES that the file has; cells may be empty.
     """
 
     id: np.ndarray
@@ -30,13 +33,16 @@ class PredictionTable:
     score: np.ndarray
     patient: np.ndarray | None = None
     logit: np.ndarray | None = None
+    attributes: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.id)
 
 
 def read_predictions(path: str | os.PathLike) -> PredictionTable:
-    """Read a CSV with the columns id, label, score and optionally patient, logit, in any order; others are ignored.
+    """Read a CSV with the columns id, label, score and optionally patient, logit, view, sex, age, findings.
+
+    Columns may come in any order; others are ignored.
 
     Raises:
         UserError: no such file, not text, a missing or doubled column, no rows, a row of another length, an empty or
@@ -55,7 +61,8 @@ def read_predictions(path: str | os.PathLike) -> PredictionTable:
     if "logit" in rows[0]:
         logit = [_number(path, line, "logit", row, "a finite number") for line, row in zip(lines, rows, strict=True)]
         logit = np.array(logit)
-    return PredictionTable(table.id, table.label, table.score, patient, logit)
+    attributes = {name: np.array([row[name] for row in rows]) for name in ATTRIBUTES if name in rows[0]}
+    return PredictionTable(table.id, table.label, table.score, patient, logit, attributes)
 
 
 def _read_rows(path: pathlib.Path) -> tuple[list[int], list[dict[str, str]]]:
@@ -83,9 +90,9 @@ def _check_header(path: pathlib.Path, header: list[str]) -> None:
     if missing:
         raise UserError(
             f"{path} lacks the column(s) {', '.join(missing)}; its first line reads {','.join(header) or '(nothing)'}; "
-            f"needed are {', '.join(REQUIRED_COLUMNS)}, optional patient and logit"
+            f"needed are {', '.join(REQUIRED_COLUMNS)}, optional patient, logit, {', '.join(ATTRIBUTES)}"
         )
-    doubled = [name for name in COLUMNS if header.count(name) > 1]
+    doubled = [name for name in (*COLUMNS, *ATTRIBUTES) if header.count(name) > 1]
     if doubled:
         raise UserError(f"{path} has the column(s) {', '.join(doubled)} more than once")
 
@@ -123,23 +130,27 @@ def write_predictions(
     labels: np.ndarray,
     logits: np.ndarray,
     scores: np.ndarray,
+    attributes: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Write id, patient, label, logit, score as CSV, all or nothing; floats in full, so that reading gives them back.
+    """Write id, patient, label, logit, score and attributes as CSV, all or nothing.
+
+    Floats are written in full, so that reading gives them back.
 
     Raises:
         UserError: columns of different lengths, or a folder that cannot be written.
     """
     path = pathlib.Path(path)
-    columns = (ids, patients, labels, logits, scores)
+    attributes = attributes or {}
+    columns = (ids, patients, labels, logits, scores, *attributes.values())
     if len({len(column) for column in columns}) != 1:
         raise UserError(f"columns of {path} differ in length: {[len(column) for column in columns]}")
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(COLUMNS)
-            for image_id, patient, label, logit, score in zip(*columns, strict=True):
-                writer.writerow([image_id, patient, int(label), repr(float(logit)), repr(float(score))])
+            writer.writerow([*COLUMNS, *attributes])
+            for image_id, patient, label, logit, score, *rest in zip(*columns, strict=True):
+                writer.writerow([image_id, patient, int(label), repr(float(logit)), repr(float(score)), *rest])
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write predictions {path}: {error.strerror}") from error

@@ -55,14 +55,25 @@ def compute_metrics_at_prevalence(confusion: ArrayLike, prevalence: float) -> di
     Raises:
         UserError: prevalence outside (0, 1).
     """
+    confusion = np.asarray(confusion, np.float64)
+    if not confusion.sum(1).all():
+        return dict.fromkeys(compute_confusion_metrics(confusion), float("nan"))
+    shares = reweight_confusion(confusion, prevalence)
+    return {name: float(value) for name, value in compute_confusion_metrics(shares).items()}
+
+
+def reweight_confusion(confusion: ArrayLike, prevalence: float) -> np.ndarray:
+    """Turn counts [..., 2, 2] into shares at another prevalence; a class without images gives shares of 0.
+
+    Raises:
+        UserError: prevalence outside (0, 1).
+    """
     if not 0 < prevalence < 1:
         raise UserError(f"prevalence is {prevalence}; needed is a share between 0 and 1, such as 0.0978")
     confusion = np.asarray(confusion, np.float64)
-    support = confusion.sum(1, keepdims=True)
-    if not support.all():
-        return dict.fromkeys(compute_confusion_metrics(confusion), float("nan"))
-    shares = np.array([[1 - prevalence], [prevalence]])
-    return {name: float(value) for name, value in compute_confusion_metrics(confusion / support * shares).items()}
+    support = confusion.sum(-1, keepdims=True)
+    rates = np.divide(confusion, support, out=np.zeros_like(confusion), where=support > 0)
+    return rates * np.array([[1 - prevalence], [prevalence]])
 
 
 def compute_paper_like_metrics(

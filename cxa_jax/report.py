@@ -1,167 +1,172 @@
-"""From predictions to numbers: metrics.json and the closing summary. The protocol stands beside each number."""
+"""--mode=report: any set of finished runs, and anyone's predictions, as one page, one JSON file and the figures."""
 
-import dataclasses
 import logging
+import os
+import pathlib
+import shutil
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from cxa_jax.data.datasets import Split
-from cxa_jax.errors import UserError
-from cxa_jax.evaluate import Predictions
-from cxa_jax.localization import LocalizationScores, score_controls, score_maps, summarize
-from cxa_jax.metrics import compute_metrics, compute_youden_threshold
-from cxa_jax.run import Run
-from cxa_jax.statistics import bootstrap_interval
-from cxa_jax.thumbnail import compute_thumbnail_features, fit_thumbnail_baseline
+from cxa_jax import report_figures, report_pictures, report_tables
+from cxa_jax.classification import describe_counts
+from cxa_jax.figures import save_figure
+from cxa_jax.report_cards import write_cards
+from cxa_jax.report_figures import Picture
+from cxa_jax.report_localization import tabulate_localization
+from cxa_jax.report_numbers import (
+    Group,
+    choose_num_resamples,
+    compare_all,
+    compute_group,
+    describe_group,
+    group_results,
+)
+from cxa_jax.report_page import Section, ShownPicture, embed_picture, render_page
+from cxa_jax.report_runs import tabulate_runs
+from cxa_jax.results import Result, load_results
+from cxa_jax.workdir import describe_environment, open_workdir, to_json, write_atomically
 
 log = logging.getLogger(__name__)
 
-RULE = "half_max"
-FIXED_THRESHOLD = 0.5
+SEED = 0  # of the resamples
+PIXELS_PER_INCH = 80  # of a figure on the page
 
 
-def compute_report(run: Run, dev: Predictions, test: Predictions) -> dict[str, Any]:
-    """Compute every number of a run: AUROC with interval, tables at 0.5 and at dev's threshold, localisation, baseline.
+def write_report(workdirs: Sequence[str], workdir: str) -> dict[str, Any]:
+    """Write report.html, report.json and figures/ (PNG and PDF) of finished runs to `workdir`.
 
-    The second threshold maximises Youden's J on dev; nothing is chosen on test.
+    Args:
+      workdirs: folders of runs, and CSV files with id, label, score and optionally patient; all on the same images.
+      workdir: where the report goes.
+
+    Returns:
+      What was written to report.json.
+
+    Raises:
+      UserError: see `results.load_results`; the message names the run and the cure.
     """
-    threshold = compute_youden_threshold(dev.label, dev.score)
+    results = load_results(workdirs)
+    folder = open_workdir(workdir)
+    num_resamples = choose_num_resamples(results)
+    groups = [compute_group(group, num_resamples, SEED) for group in group_results(results)]
+    report = compute_report(results, groups, num_resamples)
+    pictures = save_pictures(folder / "figures", draw_pictures(groups, report))
+    pictures |= copy_augmentation(folder / "figures", results)
+    write_atomically(folder / "report.json", to_json(report))
+    page = render_page(report, write_cards(report), arrange(report, results, pictures))
+    write_atomically(folder / "report.html", page)
+    log.info("report of %d run(s): %s", len(results), folder / "report.html")
+    return report
+
+
+def compute_report(results: Sequence[Result], groups: Sequence[Group], num_resamples: int) -> dict[str, Any]:
+    """Return what report.json holds: data, protocol, groups, comparisons, baselines, runs."""
+    data = describe_counts(results[0].test)
+    baselines = [
+        result.metrics["thumbnail_baseline"]
+        for result in results
+        if result.metrics and result.metrics["thumbnail_baseline"]
+    ]
     return {
-        "data": run.dataset.name,
-        "phantom": run.dataset.is_phantom,
-        "image_size": run.dataset.image_size,
-        "normalization": run.normalization,
-        "fingerprint": run.dataset.fingerprint,
-        "dev": describe_split(run, dev, threshold),
-        "test": describe_split(run, test, threshold),
-        "localization": describe_localization(run, test, threshold),
-        "thumbnail_baseline": describe_thumbnail_baseline(run, test),
-    }
-
-
-def describe_split(run: Run, predictions: Predictions, threshold: float) -> dict[str, Any]:
-    """Return counts, AUROC with its patient-clustered interval, and the Table 4 row at both thresholds."""
-    label, score, patient = predictions.label, predictions.score, predictions.index["patient"]
-    summary = {"num_images": len(label), "num_positives": int(label.sum()), "num_patients": len(np.unique(patient))}
-    interval = bootstrap_interval(
-        label, score, patient, num_resamples=run.config.eval.num_bootstrap, seed=run.config.seed
-    )
-    summary["auroc"] = dataclasses.asdict(interval)
-    summary["at_0.5"] = compute_metrics(label, score, FIXED_THRESHOLD)
-    # One class on dev defines no threshold of its own; the entry says so by being null.
-    summary["at_dev_threshold"] = compute_metrics(label, score, threshold) if np.isfinite(threshold) else None
-    return summary
-
-
-def describe_localization(run: Run, predictions: Predictions, threshold: float) -> dict[str, Any] | None:
-    """Return how attention and evidence fall on the true boxes of the split's positives; None without any box.
-
-    Beside them stand the controls that look at no image. On phantoms the boxes are the hearts', and negatives have
-    them too; they are left out here as they are in NIH's list.
-    """
-    split = run.dataset.splits[predictions.split]
-    rows, boxes, hearts = _find_boxes(split, predictions.label)
-    if not len(rows):
-        return None
-    patients, size = predictions.index["patient"][rows], run.dataset.image_size
-    geometry = {"stride": run.model.backbone.stride, "offset": run.model.backbone.offset, "rule": RULE}
-    options = {"num_resamples": run.config.eval.num_bootstrap, "seed": run.config.seed}
-
-    def score(maps: np.ndarray, scaling: str) -> LocalizationScores:
-        return score_maps(maps[rows], boxes, patients, size, scaling=scaling, heart_masks=hearts, **geometry)
-
-    scores = {"attention": score(predictions.attention, "unit"), "evidence": score(predictions.evidence, "positive")}
-    map_size = predictions.attention.shape[1:]
-    scores |= score_controls(boxes, patients, size, map_size, seed=run.config.seed, **geometry)
-    return {
-        "protocol": f"true positives and misses alike; {RULE}; largest 8-connected component; {len(rows)} boxed images",
-        "num_images": len(rows),
-        "num_patients": len(np.unique(patients)),
-        "num_predicted_positive": int((predictions.score[rows] >= threshold).sum()),
-        "maps": {
-            name: {key: dataclasses.asdict(value) for key, value in summarize(rows_, **options).items()}
-            for name, rows_ in scores.items()
+        "phantom": results[0].is_phantom,
+        "data": data,
+        "protocol": {
+            "intervals": f"{data['interval_method']}, {num_resamples:,} resamples; several runs: the mean over runs, "
+            "with the variance between seeds added. Thresholds and calibration are chosen on dev, nothing on test.",
+            "num_resamples": num_resamples,
+            "seed": SEED,
         },
+        "groups": [describe_group(group, num_resamples, SEED) for group in groups],
+        "comparisons": compare_all(groups),
+        "baselines": baselines[:1],  # fitted to the same training images by every run
+        "runs": [describe_run(result) for result in results],
+        "environment": describe_environment(),
     }
 
 
-def _find_boxes(split: Split, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    rows, boxes, hearts = [], [], []
-    for row in np.flatnonzero(labels == 1):
-        record = split.source[int(row)]
-        if len(record["boxes"]):
-            rows.append(row)
-            boxes.append(record["boxes"][0])
-            if "heart_mask" in record:
-                hearts.append(record["heart_mask"][..., 0])
-    return np.array(rows, int), np.array(boxes, float).reshape(-1, 4), np.array(hearts) if hearts else None
+def describe_run(result: Result) -> dict[str, Any]:
+    """Return where a run's numbers come from."""
+    described = {"name": result.name, "path": str(result.path)}
+    if not result.metrics:
+        return described | {"kind": "predictions file"}
+    kept = ("data", "image_size", "normalization", "fingerprint", "train", "checkpoint", "config", "environment")
+    return described | {"kind": "run"} | {name: result.metrics[name] for name in kept}
 
 
-def describe_thumbnail_baseline(run: Run, test: Predictions) -> dict[str, Any] | None:
-    """Return the test AUROC of logistic regression on 8x8 thumbnails, fitted to the same training images."""
-    train, split = run.dataset.splits["train"], run.dataset.splits[test.split]
-    try:
-        features = _read_thumbnails(train)
-        model = fit_thumbnail_baseline(features, train.index["label"], train.index["patient"])
-    except UserError as error:
-        log.warning("no thumbnail baseline: %s", error)
-        return None
-    scores = model.predict_proba(_read_thumbnails(split))[:, 1]
-    interval = bootstrap_interval(
-        test.label,
-        scores,
-        test.index["patient"],
-        num_resamples=run.config.eval.num_bootstrap,
-        seed=run.config.seed,
-    )
-    return {"auroc": dataclasses.asdict(interval), "num_train_images": len(features)}
-
-
-def _read_thumbnails(split: Split) -> np.ndarray:
-    images = (split.read_image(row) for row in range(len(split.source)))
-    return np.concatenate([compute_thumbnail_features(image[None]) for image in images])
-
-
-def format_summary(report: dict[str, Any]) -> str:
-    """Return the closing lines: AUROC, the paper's row at both thresholds, the baseline, localisation."""
-    test = report["test"]
-    lines = [
-        "CHEST PHANTOM: drawings, not X-rays of patients" if report["phantom"] else "NIH ChestX-ray14",
-        f"test: {test['num_images']:,} images, {test['num_positives']:,} positive, {test['num_patients']:,} patients",
-        f"test AUROC {_format_interval(test['auroc'])} (95 % interval, bootstrap over patients)",
+def draw_pictures(groups: Sequence[Group], report: dict[str, Any]) -> list[Picture]:
+    """Draw every figure that the runs allow."""
+    phantom = report["phantom"]
+    intensity = next((r.config["eval.overlay_intensity"] for g in groups for r in g.results if r.config), 0.2)
+    pictures = [
+        report_figures.draw_roc(groups, phantom, SEED),
+        report_figures.draw_confusion(report, phantom),
+        report_figures.draw_reliability(report, phantom),
+        report_figures.draw_strata(report, phantom),
+        report_figures.draw_overlap(report, phantom),
+        report_figures.draw_curves(groups, phantom),
+        *report_pictures.draw_attention(groups, phantom, intensity),
+        report_pictures.draw_pairs(groups, phantom),
+        *(report_pictures.draw_worst(group, phantom) for group in groups),
+        *(report_pictures.draw_contact_sheet(group, phantom) for group in groups),
     ]
-    if report["thumbnail_baseline"]:
-        baseline = _format_interval(report["thumbnail_baseline"]["auroc"])
-        lines.append(f"8x8 thumbnail + logistic regression on the same images: AUROC {baseline}")
-    for name in ("at_0.5", "at_dev_threshold"):
-        row = test[name]
-        if row is not None:
-            lines.append(
-                f"at threshold {row['threshold']:.3f}{' (chosen on dev)' if 'dev' in name else ''}: "
-                f"accuracy {row['accuracy']:.3f}, cardiomegaly P {row['precision']:.3f} R {row['recall']:.3f} "
-                f"F1 {row['f1']:.3f}, weighted P {row['precision_weighted']:.3f} R {row['recall_weighted']:.3f} "
-                f"F1 {row['f1_weighted']:.3f}, [[TN, FP], [FN, TP]] = {row['confusion_matrix']}"
-            )
-    return "\n".join(lines + _format_localization(report["localization"]))
+    return [picture for picture in pictures if picture is not None]
 
 
-def _format_localization(localization: dict[str, Any] | None) -> list[str]:
-    if localization is None:
-        return []
-    lines = [
-        f"localisation on {localization['num_images']} boxed positives of {localization['num_patients']} patients:"
+def save_pictures(folder: pathlib.Path, pictures: Sequence[Picture]) -> dict[str, ShownPicture]:
+    """Write each figure as PNG and PDF, and return them as the page shows them."""
+    folder.mkdir(exist_ok=True)
+    shown = {}
+    for picture in pictures:
+        path = folder / f"{picture.name}.png"
+        save_figure(picture.figure, path)
+        save_figure(picture.figure, path.with_suffix(".pdf"))
+        width = round(picture.figure.get_figwidth() * PIXELS_PER_INCH)
+        shown[picture.name] = embed_picture(path, picture.name, picture.title, picture.caption, width)
+    return shown
+
+
+def copy_augmentation(folder: pathlib.Path, results: Sequence[Result]) -> dict[str, ShownPicture]:
+    """Copy the first run's augmented training images (Fig. 3), drawn when it was trained."""
+    result = next((result for result in results if result.augmentation), None)
+    if result is None:
+        return {}
+    name = "fig3_augmentation"
+    for end in (".png", ".pdf"):
+        source, neighbour = result.augmentation.with_suffix(end), folder / f".{name}{end}"
+        if source.is_file():
+            shutil.copyfile(source, neighbour)
+            os.replace(neighbour, folder / f"{name}{end}")
+    caption = f"The first training batch of {result.name} as its network saw it; 1 = cardiomegaly."
+    title = "Fig. 3: augmented training images"
+    return {name: embed_picture(folder / f"{name}.png", name, title, caption, 560)}
+
+
+def arrange(report: dict[str, Any], results: Sequence[Result], pictures: dict[str, ShownPicture]) -> list[Section]:
+    """Put tables and figures into the page's sections."""
+
+    def named(*starts: str) -> list[ShownPicture]:
+        return [picture for name, picture in pictures.items() if name.startswith(starts)]
+
+    paper = [
+        report_tables.tabulate_paper(report, report_tables.TABLE_5_METRICS, "Table 5: averages and AUROC"),
+        report_tables.tabulate_paper(report, report_tables.TABLE_4_METRICS, "Table 4: by class"),
     ]
-    for name, values in localization["maps"].items():
-        shown = {key: values[key] for key in ("pointing", "energy_ratio", "mean_iou")}
-        numbers = ", ".join(
-            f"{key.replace('_', ' ')} {_format_interval(value)}"
-            for key, value in shown.items()
-            if np.isfinite(value["estimate"])
-        )
-        lines.append(f"  {name.replace('_', ' ')}: {numbers}")
-    return lines
-
-
-def _format_interval(interval: dict[str, float]) -> str:
-    return f"{interval['estimate']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
+    sections = {
+        "Classification": [
+            report_tables.tabulate_overview(report),
+            report_tables.tabulate_comparisons(report),
+            *named("fig6"),
+            report_tables.tabulate_points(report),
+            report_tables.tabulate_prevalence(report),
+            *named("fig5"),
+            report_tables.tabulate_confusion(report),
+        ],
+        "Beside the paper": paper,
+        "Strata": [*named("strata"), report_tables.tabulate_strata(report)],
+        "Calibration": [*named("reliability"), report_tables.tabulate_calibration(report)],
+        "Localisation": [*tabulate_localization(report), *named("overlap", "boxes")],
+        "Maps": named("fig7", "fig8", "fig9"),
+        "Worst errors": named("worst"),
+        "Training": [*named("learning", "fig3"), *tabulate_runs(report)],
+    }
+    return [Section(title, [item for item in items if item is not None]) for title, items in sections.items()]

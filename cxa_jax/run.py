@@ -13,17 +13,21 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cxa_jax.array_types import PyTree
+from cxa_jax.array_types import Batch, PyTree
 from cxa_jax.checkpointing import load_backbone
 from cxa_jax.config_checks import check_config
+from cxa_jax.data.augment import find_value_range
 from cxa_jax.data.datasets import Dataset, describe_splits, load_dataset, shared_patients
 from cxa_jax.data.pipeline import epoch_labels
-from cxa_jax.losses import compute_class_weights
+from cxa_jax.errors import UserError
+from cxa_jax.findings import encode_findings
+from cxa_jax.losses import compute_class_weights, create_loss
 from cxa_jax.models import CardioXAttentionNet, create_model
 from cxa_jax.models.keras_import import KERAS_PREPROCESSING, load_keras_weights
+from cxa_jax.models.torch_import import load_torch_weights
 from cxa_jax.optimizer import create_optimizer
 from cxa_jax.sharding import check_batch_size, create_mesh, replicated, split
-from cxa_jax.steps import INIT, TrainStep, make_eval_step, make_train_step
+from cxa_jax.steps import INIT, make_eval_step, make_train_step
 from cxa_jax.train_state import TrainState, create_train_state
 
 log = logging.getLogger(__name__)
@@ -42,7 +46,7 @@ class Run:
       tx: the optimiser.
       normalization: of the input, as `cxa_jax.data.augment` names it; imported weights bring their own.
       class_weights: (w_neg, w_pos) of the training loss.
-      train_step: jitted, the state donated.
+      train_step: jitted (state, batch, rate_scale, root_key) -> (state, metrics), the state donated.
       eval_step: jitted.
     """
 
@@ -54,7 +58,7 @@ class Run:
     tx: optax.GradientTransformation
     normalization: str
     class_weights: tuple[float, float]
-    train_step: TrainStep
+    train_step: Callable[[TrainState, Batch, Any, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[[Any, Any], dict[str, jax.Array]]
 
     def create_state(self) -> TrainState:
@@ -69,11 +73,21 @@ class Run:
             )
         return jax.device_put(state, replicated(self.mesh))
 
+    def select_inputs(self, batch: Batch) -> dict[str, Any]:
+        """Return what the train step takes of a training batch, with the findings if the network has a map for each."""
+        inputs = {name: batch[name] for name in ("image", "label", "mask")}
+        if self.config.model.labels == "findings":
+            inputs["findings"] = encode_findings(self.dataset.splits["train"].index["findings"][batch["index"]])
+        return inputs
+
     def _load_backbone(self) -> dict[str, PyTree] | None:
         init, backbone = self.config.init, self.config.model.backbone
         if init.keras_weights:
             log.info("backbone from %s", init.keras_weights)
             return load_keras_weights(backbone, init.keras_weights)
+        if init.torch_weights:
+            log.info("backbone from %s", init.torch_weights)
+            return load_torch_weights(backbone, init.torch_weights, init.torch_normalization)
         if init.run:
             return load_backbone(pathlib.Path(init.run).expanduser(), backbone, self.abstract_state)
         return None
@@ -91,8 +105,12 @@ class Run:
         )
 
 
-def create_run(config: ConfigDict) -> Run:
+def create_run(config: ConfigDict, dataset: Dataset | None = None) -> Run:
     """Build the run of a config; nothing is compiled or initialised yet.
+
+    Args:
+      config: the locked config.
+      dataset: to use in place of the one that the config names, such as noise for a benchmark.
 
     Raises:
       UserError: the config names something that is not there.
@@ -100,16 +118,28 @@ def create_run(config: ConfigDict) -> Run:
     mesh = create_mesh()
     check_batch_size("config.train.batch_size", config.train.batch_size, mesh)
     check_batch_size("config.eval.batch_size", config.eval.batch_size, mesh)
-    model = create_model(config.model)
+    model = create_model(config.model, remat=config.train.remat)
     check_config(config, model.backbone.min_size)
-    dataset = load_dataset(config.data)
+    dataset = dataset or load_dataset(config.data)
+    if config.model.labels == "findings" and dataset.name != "chestxray14":
+        raise UserError(
+            f"config.model.labels='findings' needs ChestX-ray14 and its fourteen findings; these data ({dataset.name}) "
+            "know cardiomegaly alone: set --config.model.labels=cardiomegaly"
+        )
     normalization = choose_normalization(config)
+    model = model.clone(value_range=find_value_range(normalization))
     tx = create_optimizer(config.optimizer.learning_rate, config.optimizer.momentum)
     root_key = jax.random.key(config.seed)
     weights = (1.0, 1.0)
     if config.train.class_weights == "balanced":
         weights = compute_class_weights(epoch_labels(dataset.splits["train"], config.data))
-    train_step = make_train_step(model, tx, root_key, weights, normalization, config.augment)
+    options = {"loss": create_loss(config.train), "attention_negative_weight": config.train.attention_negative_weight}
+
+    def train_step(state: TrainState, batch: Batch, rate_scale: jax.Array, root_key: jax.Array):
+        # The key is an argument, so that runs of other seeds find this program in the compilation cache.
+        step = make_train_step(model, tx, root_key, weights, normalization, config.augment, **options)
+        return step(state, batch, rate_scale)
+
     eval_step = make_eval_step(model, normalization)
     return Run(
         config=config,
@@ -127,6 +157,8 @@ def create_run(config: ConfigDict) -> Run:
 
 def choose_normalization(config: ConfigDict) -> str:
     """Return the input normalisation: that of the imported weights if there are any (A17), else the config's."""
+    if config.init.torch_weights:
+        return config.init.torch_normalization
     return KERAS_PREPROCESSING[config.model.backbone] if config.init.keras_weights else config.data.normalization
 
 

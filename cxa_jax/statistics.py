@@ -12,12 +12,11 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from cxa_jax.errors import UserError
-from cxa_jax.metrics import CONFUSION_METRICS, check_labels_and_scores, compute_confusion_metrics
+from cxa_jax.metrics import check_labels_and_scores
+from cxa_jax.weighted_statistics import compute_weighted_statistics
 
 NUM_RESAMPLES = 2000
 MAX_CELLS = 2_000_000  # weights held at once (16 MB an array): bounds memory whatever the data and the resamples
-RANKING_STATISTICS = ("auroc", "average_precision")
-STATISTICS = (*RANKING_STATISTICS, "brier_score", *CONFUSION_METRICS)
 
 
 @dataclass(frozen=True)
@@ -63,64 +62,6 @@ def resample_patients(
         cells = draws + np.arange(size)[:, None] * len(names)
         counts = np.bincount(cells.ravel(), minlength=size * len(names)).reshape(size, len(names))
         yield counts[:, patient_of_image].astype(np.float64)
-
-
-def compute_weighted_statistics(
-    labels: ArrayLike, scores: ArrayLike, weights: np.ndarray, statistics: Sequence[str], threshold: float = 0.5
-) -> dict[str, np.ndarray]:
-    """Compute statistics of weighted images, for many sets of weights at once.
-
-    An integer weight stands for that many copies of the image. Scores are sorted once for all sets of weights.
-
-    Args:
-        labels: [N], 0 or 1.
-        scores: [N].
-        weights: [R, N], non-negative.
-        statistics: names from `STATISTICS`.
-        threshold: of the statistics that need one.
-
-    Returns:
-        name -> [R]; nan where undefined.
-
-    Raises:
-        UserError: an unknown name, a wrong shape.
-    """
-    labels, scores = check_labels_and_scores(labels, scores)
-    if weights.ndim != 2 or weights.shape[1] != len(labels):
-        raise UserError(f"weights has shape {weights.shape}; needed is [R, {len(labels)}]")
-    unknown = [name for name in statistics if name not in STATISTICS]
-    if unknown:
-        raise UserError(f"unknown statistics {', '.join(unknown)}; known are {', '.join(STATISTICS)}")
-    values: dict[str, np.ndarray] = {}
-    if any(name in RANKING_STATISTICS for name in statistics):
-        values |= _ranking_statistics(labels, scores, weights)
-    if "brier_score" in statistics:
-        values["brier_score"] = weights @ (scores - labels) ** 2 / weights.sum(1)
-    if any(name in CONFUSION_METRICS for name in statistics):
-        cells = np.eye(4)[2 * labels + (scores >= threshold)]
-        values |= compute_confusion_metrics((weights @ cells).reshape(-1, 2, 2))
-    return {name: values[name] for name in statistics}
-
-
-def _ranking_statistics(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Compute AUROC and average precision from the weight of each class at each distinct score, highest first."""
-    order = np.argsort(-scores, kind="stable")
-    first_of_ties = np.flatnonzero(np.diff(scores[order], prepend=np.inf))
-    ranked, positive = weights[:, order], labels[order]
-    positives = np.add.reduceat(ranked * positive, first_of_ties, axis=1)
-    negatives = np.add.reduceat(ranked * (1 - positive), first_of_ties, axis=1)
-    tp, fp = np.cumsum(positives, axis=1), np.cumsum(negatives, axis=1)
-    num_positives, num_negatives = tp[:, -1], fp[:, -1]
-    negatives_below = num_negatives[:, None] - fp + negatives / 2  # a tie counts half
-    pairs = np.einsum("rg,rg->r", positives, negatives_below)
-    precision = tp / np.maximum(tp + fp, np.finfo(np.float64).tiny)  # no weight so far: 0, and no positive either
-    undefined = np.full(len(weights), np.nan)
-    both, some = (num_positives > 0) & (num_negatives > 0), num_positives > 0
-    area = np.einsum("rg,rg->r", positives, precision)
-    return {
-        "auroc": np.divide(pairs, num_positives * num_negatives, out=undefined.copy(), where=both),
-        "average_precision": np.divide(area, num_positives, out=undefined.copy(), where=some),
-    }
 
 
 def count_patients(labels: ArrayLike, patients: ArrayLike | None) -> int:

@@ -129,8 +129,8 @@ def train_epoch(
     with progress_bar(num_steps * train.batch_size, title, initial=started) as bar:
         for epoch_step in range(progress.epoch_step, num_steps):
             batch = next(iterator)
-            on_device = put_batch({name: batch[name] for name in ("image", "label", "mask")}, run.mesh)
-            state, metrics = run.train_step(state, on_device, rate_scale)
+            on_device = put_batch(run.select_inputs(batch), run.mesh)
+            state, metrics = run.train_step(state, on_device, rate_scale, run.root_key)
             if pending is not None:
                 progress = _fetch(run, state, progress, pending, latest, bar)
             pending = batch, metrics

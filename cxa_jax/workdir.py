@@ -25,20 +25,30 @@ FREE_FIELDS = (
     "data.data_dir",
     "data.manual_dir",
     "data.name",
+    "data.folder.positive",  # with the next four: the data's fingerprint says what they made
+    "data.folder.negative",
+    "data.folder.patient_regex",
+    "data.folder.table",
+    "data.folder.test_fraction",
     "data.num_threads",
     "data.num_workers",
     "data.allow_missing",
     "train.num_epochs",
     "train.checkpoint_every_steps",
+    "train.remat",
     "train.resume_changed",
     "eval.batch_size",
     "eval.image_size",
     "eval.overlay_intensity",
+    "eval.map_threshold",
     "eval.num_bootstrap",
+    "benchmark.num_steps",
+    "benchmark.num_warmup",
+    "benchmark.memory_gib",
 )
 
 # Fields whose change makes other arrays, as `describe_changes` writes them: no checkpoint can be carried over.
-NETWORK_FIELDS = ("config.model.backbone:", "config.model.pooling:", "config.model.head:")
+NETWORK_FIELDS = ("config.model.backbone:", "config.model.pooling:", "config.model.head:", "config.model.labels:")
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:

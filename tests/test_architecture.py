@@ -10,24 +10,39 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import from its own floor and below.
 FLOORS = [
-    {"errors", "array_types", "console"},
+    {"errors", "array_types", "console", "findings", "hlo"},
     {"pooling", "losses", "metrics", "heat_maps", "boxes", "predictions", "optimizer", "workdir"},
+    {"weighted_statistics"},
     {"evidence", "statistics", "calibration", "thumbnail"},
-    {"comparison", "prevalence", "localization", "data", "models"},
+    {"comparison", "prevalence", "localization", "seed_comparison", "process_pool", "data", "models", "strata"},
+    {"classification", "group_statistics", "localization_table", "paper_tables"},
     {"metric_writer", "progress", "sharding", "config_checks"},
-    {"train_state"},
+    {"train_state", "timing"},
     {"steps", "checkpointing"},
     {"evaluate", "run"},
-    {"figures", "report"},
-    {"outputs"},
-    {"train"},
+    {"map_evaluation", "saved_maps", "trained_network"},
+    {"figures", "run_metrics", "summary", "ablation_table", "finding_metrics", "measurements"},
+    {"results", "panels"},
+    {"predict", "export", "selftest"},
+    {"report_tables", "report_numbers"},
+    {"report_localization", "report_runs"},
+    {"report_figures", "report_cards"},
+    {"report_pictures", "report_page"},
+    {"report"},
+    {"outputs", "ablation_figure"},
+    {"train", "benchmark"},
+    {"ablation_member"},
+    {"ablation"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # The only importers of heavy or fragile libraries, below cxa_jax/.
 ONLY_IMPORTERS = {
     "orbax": {"checkpointing.py"},
-    "matplotlib": {"figures.py"},
+    "matplotlib": {"ablation_figure.py", "figures.py", "report_figures.py", "report_pictures.py"},
+    "jinja2": {"report_page.py"},
     "tensorboardX": {"metric_writer.py"},
+    "pydicom": {"data/dicom.py"},
+    "safetensors": {"models/torch_files.py"},
     "h5py": {"models/keras_h5.py", "models/keras_import.py", "models/keras_layout.py"},
 }
 BANNED = {"tensorflow", "torch", "keras", "pandas"}

@@ -8,7 +8,7 @@ from cxa_jax.errors import UserError
 
 
 def test_the_defaults_and_every_variant_pass():
-    for variant in ("", "gap", "gap_mlp", "phantom_quick", "phantom_hour", "research", "nih_128"):
+    for variant in ("", "gap", "gap_mlp", "phantom_quick", "phantom_hour", "phantom_small", "research", "nih_128"):
         check_config(dense121.get_config(variant), min_size=32)
 
 
@@ -46,3 +46,12 @@ def test_images_too_small_for_the_backbone():
     config.eval.image_size = 16
     with pytest.raises(UserError, match="config.eval.image_size=16"):
         check_config(config, min_size=32)
+
+
+def test_a_penalty_on_attention_needs_attention():
+    config = dense121.get_config("gap")
+    config.train.attention_negative_weight = 0.1
+    with pytest.raises(UserError, match="attention_negative_weight=0.1 needs attention.*pooling='gap' has none"):
+        check_config(config, min_size=32)
+    config.model.pooling = "amm"
+    check_config(config, min_size=32)

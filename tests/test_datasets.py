@@ -206,7 +206,7 @@ def test_auto_falls_back_to_the_phantom_and_says_so(tmp_path, monkeypatch, caplo
 
 
 def test_unknown_name_lists_the_choices(tmp_path):
-    with pytest.raises(UserError, match="'mnist'.*'auto', 'chestxray14' or 'chest_phantom'"):
+    with pytest.raises(UserError, match="'mnist'.*auto, chestxray14, chest_phantom, image_folder"):
         load_dataset(make_config(tmp_path, name="mnist"))
 
 

@@ -1,5 +1,6 @@
 """What a run leaves: evaluation rows, losses, the report against scikit-learn, pictures, another test size."""
 
+import dataclasses
 import json
 
 import matplotlib.image
@@ -8,9 +9,10 @@ import pytest
 import tiny
 from sklearn.metrics import log_loss, roc_auc_score
 
-from cxa_jax import figures, report
+from cxa_jax import figures, map_evaluation, outputs, run_metrics, summary
 from cxa_jax import run as run_module
 from cxa_jax.evaluate import Predictions, compute_loss, evaluate_split
+from cxa_jax.localization import score_maps
 from cxa_jax.metric_writer import write_history
 from cxa_jax.workdir import to_json
 
@@ -48,7 +50,7 @@ def make_predictions(seed: int, num_images: int = 40) -> Predictions:
     maps = rng.random((num_images, 2, 2)).astype(np.float32)
     patient = np.array([f"p{i // 2}" for i in range(num_images)])
     index = {"id": np.arange(num_images).astype(str), "patient": patient}
-    return Predictions("test", index, label, logit, maps, maps - 0.5)
+    return Predictions("test", index, label, logit, maps, maps - 0.5, maps)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -61,19 +63,41 @@ def test_loss_is_scikit_learns(seed):
     assert compute_loss(predictions, (0.5, 3.0)) == pytest.approx(np.mean(weights * each), rel=1e-6)
 
 
-def test_report_numbers(run, predicted):
-    test = predicted["test"]
-    numbers = report.compute_report(run, predicted["dev"], test)
+def test_numbers_of_a_run(run, predicted, tmp_path):
+    dev, test = predicted["dev"], predicted["test"]
+    boxes = outputs.save_localization(run, dev, test, tmp_path)
+    numbers = run_metrics.compute_run_metrics(run, dev.to_table(), test.to_table(), boxes)
     text = json.loads(to_json(numbers), parse_constant=pytest.fail)
     assert text["test"]["auroc"]["estimate"] == pytest.approx(roc_auc_score(test.label, test.score))
     assert text["test"]["at_0.5"]["threshold"] == 0.5
     assert text["phantom"] is True and text["fingerprint"] == "fingerprint0"
-    maps = text["localization"]["maps"]
-    assert set(maps) == {"attention", "evidence", "median_box", "image_centre", "random_map"}
+    maps = text["localization"]["all_boxed"]["rules"]["half_max"]
+    own = {"attention", "weights", "evidence", "grad_cam"}
+    assert set(maps) - {f"random_weights_{name}" for name in own} == own | {"median_box", "image_centre", "random_map"}
+    assert set(text["localization"]["all_boxed"]["rules"]) == {"half_max", "otsu", "wang"}
     assert maps["median_box"]["mean_iou"]["estimate"] == pytest.approx(1)  # all tiny boxes are one box
     assert text["thumbnail_baseline"]["auroc"]["estimate"] > 0.9
-    summary = report.format_summary(numbers)
-    assert "CHEST PHANTOM" in summary and "thumbnail" in summary and "AUROC" in summary
+    lines = summary.format_summary(numbers)
+    assert "CHEST PHANTOM" in lines and "thumbnail" in lines and "AUROC" in lines
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["localization_test.csv", "maps_test.npz"]
+
+
+def test_levels_are_tuned_on_dev_boxes_of_phantoms_alone(run, predicted):
+    dev = predicted["dev"]
+    boxed = map_evaluation.find_boxed_images(run.dataset.splits["dev"])
+    tuned = map_evaluation.tune_thresholds(run, dev, boxed)
+    assert set(tuned) == set(dev.maps)
+    patients, backbone = dev.index["patient"][boxed.rows], run.model.backbone
+    overlap = [
+        score_maps(
+            dev.evidence[boxed.rows], boxed.boxes, patients, tiny.SIZE, backbone.stride, backbone.offset, level,
+            scaling="positive",
+        ).iou.mean()
+        for level in map_evaluation.TUNED_LEVELS
+    ]  # fmt: skip
+    assert tuned["evidence"]["mean_iou"] == pytest.approx(max(overlap))
+    xrays = dataclasses.replace(run, dataset=dataclasses.replace(run.dataset, name="chestxray14"))
+    assert map_evaluation.tune_thresholds(xrays, dev, boxed) is None
 
 
 def test_examples_are_drawn_not_picked():
@@ -89,7 +113,8 @@ def test_examples_are_drawn_not_picked():
 def test_superimpose_is_image_plus_intensity_times_colour():
     image, heat = np.full((2, 2), 0.5), np.array([[0.0, 1.0], [0.5, 0.25]])
     shown = figures.superimpose(image, heat, 0.2)
-    np.testing.assert_allclose(shown[0, 0], [0.5, 0.5, 0.6], atol=1e-6)  # jet(0) is half blue
+    np.testing.assert_allclose(shown[0, 0], [0.5, 0.5, 0.5], atol=3e-3)  # no heat leaves the X-ray as it is
+    np.testing.assert_allclose(shown[0, 1], [0.7, 0.7, 0.65], atol=3e-3)  # magma ends in a pale yellow
     np.testing.assert_allclose(figures.superimpose(image, heat, 0.0), np.repeat(image[..., None], 3, 2))
     assert figures.superimpose(np.ones((2, 2)), heat, 0.2).max() == 1
 
@@ -103,10 +128,11 @@ def test_pictures_are_written(run, predicted, tmp_path):
     figures.save_augmentation_grid(run, tmp_path / "a.png")
     figures.save_curves(run, rows, tmp_path / "b.png")
     figures.save_attention_sheet(run, predicted["test"], 0.5, tmp_path / "c.png")
+    assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
     for name in "abc":
         picture = matplotlib.image.imread(tmp_path / f"{name}.png")
         assert min(picture.shape[:2]) > 200 and picture[..., :3].std() > 0.05
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_history_round_trip(tmp_path):

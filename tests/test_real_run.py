@@ -61,7 +61,7 @@ def test_prepare_train_and_test_on_real_images(tmp_path, caplog):
     assert report["phantom"] is False and report["data"] == "chestxray14"
     assert report["test"]["num_images"] == 45 and report["test"]["num_positives"] == 15
     assert report["localization"]["num_images"] == 15
-    assert report["localization"]["maps"]["median_box"]["pointing"]["estimate"] > 0.8
+    assert report["localization"]["all_boxed"]["rules"]["half_max"]["median_box"]["pointing"]["estimate"] > 0.8
     assert "train/dev 0" in caplog.text
     with (tmp_path / "run/predictions_test.csv").open() as file:
         rows = list(csv.DictReader(file))

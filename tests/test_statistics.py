@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
-from cxa_jax import statistics
+from cxa_jax import metrics, statistics, weighted_statistics
 from cxa_jax.errors import UserError
 
 
@@ -51,7 +51,7 @@ def test_weights_are_copies_of_images():
     labels = rng.integers(0, 2, 80)
     scores = np.round(np.clip(rng.normal(0.4 + 0.2 * labels, 0.2), 0, 1), 1)  # many ties
     weights = rng.integers(0, 4, (6, 80)).astype(float)
-    values = statistics.compute_weighted_statistics(labels, scores, weights, statistics.STATISTICS, 0.5)
+    values = statistics.compute_weighted_statistics(labels, scores, weights, weighted_statistics.STATISTICS, 0.5)
     for row, weight in enumerate(weights):
         copies = _images_drawn(weight)
         label, score, predicted = labels[copies], scores[copies], scores[copies] >= 0.5
@@ -62,6 +62,9 @@ def test_weights_are_copies_of_images():
             "precision": sklearn_metrics.precision_score(label, predicted),
             "f1_weighted": sklearn_metrics.f1_score(label, predicted, average="weighted"),
             "specificity": np.mean(~predicted[label == 0]),
+            "sensitivity_at_specificity_0.8": metrics.compute_sensitivity_at_specificity(label, score, 0.8),
+            "sensitivity_at_specificity_0.95": metrics.compute_sensitivity_at_specificity(label, score, 0.95),
+            "calibration_error": metrics.compute_calibration_error(label, score),
         }
         for name, value in expected.items():
             assert values[name][row] == pytest.approx(value, abs=1e-12), name

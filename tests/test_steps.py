@@ -55,6 +55,26 @@ def test_step_is_loss_gradient_and_sgd(parts):
     assert int(new_state.step) == 1 and bool(new_state.healthy)
 
 
+def test_penalty_on_the_attention_of_negatives(parts):
+    model, state, step, batch = parts
+    tx, config = create_optimizer(0.1, 0.9), tiny.make_config(**{"augment.enabled": False})
+    penalized = make_train_step(
+        model, tx, jax.random.key(0), WEIGHTS, "min_max", config.augment, attention_negative_weight=3.0
+    )
+    new_state, metrics = jax.jit(penalized)(state, batch, np.float32(1))
+    images = to_rgb(normalize_images(batch["image"], "min_max"), "min_max")
+    (_, out), _ = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))(state.variables, images)
+    plain_state, plain = step(state, batch, np.float32(1))
+    negatives = batch["mask"] & (batch["label"] == 0)
+    darkness = np.asarray(out["attention"])[negatives].mean()
+    assert float(metrics["loss"]) - float(plain["loss"]) == pytest.approx(3 * darkness, rel=1e-3)
+    # W of a negative falls faster than without the term: the last bias of the branch moves down by more
+    bias = lambda state: float(state.params["amm"]["conv4"]["bias"][0])  # noqa: E731
+    assert bias(new_state) < bias(plain_state)
+    flipped = batch | {"label": np.where(batch["mask"], batch["label"], 1 - batch["label"])}
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(penalized)(state, flipped, np.float32(1))[0], new_state)
+
+
 def test_masked_row_has_no_say_in_the_loss(parts):
     _, state, step, batch = parts
     flipped = batch | {"label": np.where(batch["mask"], batch["label"], 1 - batch["label"])}
@@ -98,6 +118,18 @@ def test_eval_step_gives_logits_attention_and_evidence(parts):
     head = lambda pooled: model.apply(state.variables, pooled, method="classify")  # noqa: E731
     evidence = linearized_evidence(head, parts_["features"], parts_["weights"])
     np.testing.assert_allclose(out["evidence"], evidence, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(out["weights"], parts_["weights"][..., 0], rtol=1e-5)
+
+
+def test_the_class_activation_map_of_an_average_adds_up_to_the_logit(parts):
+    _, _, _, batch = parts
+    model = CardioXAttentionNet(tiny.BACKBONES["tiny"](), pooling="gap", head="linear")
+    state = create_train_state(jax.random.key(2), model, create_optimizer(0.1, 0.9), tiny.SIZE)
+    out = jax.jit(make_eval_step(model, "min_max"))(state.variables, batch["image"])
+    bias = state.params["classifier"]["logit"]["bias"][0]
+    np.testing.assert_allclose(jnp.mean(out["cam"], axis=(1, 2)) + bias, out["logit"], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(out["cam"] / out["cam"][0].size, out["evidence"], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(jnp.maximum(out["evidence"], 0), out["grad_cam"], rtol=1e-3, atol=1e-6)
 
 
 def test_mean_of_valid():

@@ -21,12 +21,17 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from cxa_jax.console import progress_bar
-from cxa_jax.data import chest_phantom, chestxray14
+from cxa_jax.data import chest_phantom, chestxray14, image_folder
 from cxa_jax.data.records import decode
 from cxa_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
+TITLES = {
+    "chestxray14": "NIH ChestX-ray14",
+    "chest_phantom": "chest phantom (drawings, not X-rays of patients)",
+    "image_folder": "images of one's own",
+}
 SPLITS = ("train", "dev", "test")
 INDEX_FIELDS = ("id", "patient", "label", "view", "sex", "age", "findings")
 INDEX_FILE = "index.npz"
@@ -93,7 +98,7 @@ class Dataset:
     """The splits of one prepared data set.
 
     Attributes:
-      name: 'chestxray14' | 'chest_phantom'.
+      name: one of TITLES.
       image_size: side of the stored images in px.
       splits: Split for each of 'train', 'dev', 'test'.
       fingerprint: sha256 over splits, ids, patients, labels and pixels, in row order: equal means the same data.
@@ -107,6 +112,11 @@ class Dataset:
     description: str
 
     @property
+    def title(self) -> str:
+        """What the images are, for the heading of a picture or table."""
+        return TITLES[self.name]
+
+    @property
     def is_phantom(self) -> bool:
         """True if the images are drawn, not X-rays of patients."""
         return self.name == "chest_phantom"
@@ -116,8 +126,9 @@ def load_dataset(data_config: ConfigDict) -> Dataset:
     """Open the data a config names.
 
     Args:
-      data_config: config.data. name 'chestxray14' insists on the prepared NIH images; 'chest_phantom' draws the phantom
-        if that was not done before; 'auto' takes the former if prepared, else the latter, and says so.
+      data_config: config.data. name 'chestxray14' insists on the prepared NIH images, 'image_folder' on one's own;
+        'chest_phantom' draws the phantom if that was not done before; 'auto' takes the first if prepared, else the
+        last, and says so.
 
     Returns:
       The data set, its index read from beside the records, or computed there in one pass.
@@ -140,8 +151,10 @@ def load_dataset(data_config: ConfigDict) -> Dataset:
             reason = _not_prepared(data_config)
             log.info("Using the chest phantom, which is drawn, instead of X-rays of patients. %s", reason)
             return _open_phantom(data_config, f"{PHANTOM}. {reason}")
+        case "image_folder":
+            return _open_folder(data_config)
         case other:
-            raise UserError(f"config.data.name is '{other}'; choose 'auto', 'chestxray14' or 'chest_phantom'.")
+            raise UserError(f"config.data.name is '{other}'; choose one of {', '.join(('auto', *TITLES))}.")
 
 
 def describe_splits(dataset: Dataset) -> str:
@@ -164,6 +177,16 @@ def shared_patients(dataset: Dataset) -> dict[tuple[str, str], int]:
 def _open_phantom(data_config: ConfigDict, description: str) -> Dataset:
     chest_phantom.prepare(data_config)
     return _open(chest_phantom.create_builder(data_config), "chest_phantom", description)
+
+
+def _open_folder(data_config: ConfigDict) -> Dataset:
+    builder = image_folder.find_prepared(data_config)
+    if builder is None:
+        raise UserError(
+            f"the images of config.data.manual_dir={data_config.manual_dir!r} are not prepared with these fields of "
+            f"config.data in '{data_config.data_dir}'; the same command with --mode=prepare does it"
+        )
+    return _open(builder, "image_folder", f"Images of one's own, from {data_config.manual_dir}")
 
 
 def _open(builder: tfds.core.DatasetBuilder, name: str, description: str) -> Dataset:

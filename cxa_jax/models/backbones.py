@@ -12,7 +12,7 @@ BACKBONES = {
     "inception_resnet_v2": InceptionResNetV2,
 }
 IMPLEMENTATIONS = ("auto", "plain", "fused")
-FUSED_PLATFORMS = ("cpu",)  # where 'fused' was measured to be the faster one
+FUSED_PLATFORMS = ("cpu",)  # where the fused operations were measured to be the faster ones
 
 
 def select_implementation(implementation: str, platform: str) -> str:

@@ -1,0 +1,131 @@
+"""Localisation scores of every boxed image under every map and rule: as a CSV file, and summed up with intervals."""
+
+import csv
+import io
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cxa_jax.errors import UserError
+from cxa_jax.localization import IOBB_THRESHOLDS, LocalizationScores, summarize
+from cxa_jax.workdir import write_atomically
+
+FALSE_POSITIVES = tuple(f"false_positives_iobb_{threshold:g}" for threshold in IOBB_THRESHOLDS)
+SCALARS = ("num_boxes", "iou", "iobb", "pointing", "energy_ratio", "heart_energy_ratio")
+BOX = ("x", "y", "w", "h")
+COLUMNS = ("map", "rule", "id", "patient", "predicted_positive", *SCALARS, *FALSE_POSITIVES, *BOX)
+SETS = ("all_boxed", "predicted_positives")
+CONTROLS = ("median_box", "image_centre", "random_map")
+RANDOM_WEIGHTS = "random_weights_"  # and the map's name: the same map of a freshly initialised network
+
+
+@dataclass(frozen=True)
+class LocalizationTable:
+    """Scores of the same N images under each (map, rule).
+
+    Attributes:
+        ids: text [N].
+        predicted_positive: bool [N], score at or above the threshold chosen on dev.
+        scores: (map, rule) -> LocalizationScores.
+    """
+
+    ids: np.ndarray
+    predicted_positive: np.ndarray
+    scores: dict[tuple[str, str], LocalizationScores]
+
+    @property
+    def patients(self) -> np.ndarray:
+        """Patient of each image, [N]."""
+        return next(iter(self.scores.values())).patients
+
+
+def is_control(name: str) -> bool:
+    """Tell whether a map's name is that of a control."""
+    return name in CONTROLS or name.startswith(RANDOM_WEIGHTS)
+
+
+def write_localization(path: pathlib.Path, table: LocalizationTable) -> None:
+    """Write one row for each map, rule and image, all or nothing; what is undefined is an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for (name, rule), scores in table.scores.items():
+        for row, image_id in enumerate(table.ids):
+            values = [getattr(scores, field)[row] for field in SCALARS]
+            values += [*scores.false_positives[row], *scores.predicted[row]]
+            cells = ["" if math.isnan(value) else repr(float(value)) for value in values]
+            writer.writerow([name, rule, image_id, scores.patients[row], int(table.predicted_positive[row]), *cells])
+    write_atomically(path, text.getvalue())
+
+
+def read_localization(path: str | os.PathLike) -> LocalizationTable:
+    """Read what `write_localization` wrote.
+
+    Raises:
+        UserError: another header, or a row that does not fit; the message names the file.
+    """
+    with pathlib.Path(path).open(newline="", encoding="utf-8") as file:
+        reader = csv.reader(file)
+        if tuple(next(reader, ())) != COLUMNS:
+            raise UserError(f"{path} has other columns than this version writes; run --mode=evaluate again")
+        rows = list(reader)
+    groups: dict[tuple[str, str], list[list[str]]] = {}
+    for line, row in enumerate(rows, 2):
+        if len(row) != len(COLUMNS):
+            raise UserError(f"{path}, line {line}: {len(row)} cells where the header has {len(COLUMNS)}")
+        groups.setdefault((row[0], row[1]), []).append(row[2:])
+    if not groups:
+        raise UserError(f"{path} has a header and no rows")
+    ids = np.array([row[0] for row in next(iter(groups.values()))])
+    flags = np.array([row[2] == "1" for row in next(iter(groups.values()))])
+    return LocalizationTable(ids, flags, {key: _read_scores(group) for key, group in groups.items()})
+
+
+def _read_scores(rows: list[list[str]]) -> LocalizationScores:
+    numbers = np.array([[float(cell or "nan") for cell in row[3:]] for row in rows])
+    first, second = len(SCALARS), len(SCALARS) + len(FALSE_POSITIVES)
+    return LocalizationScores(
+        patients=np.array([row[1] for row in rows]),
+        predicted=numbers[:, second:],
+        false_positives=numbers[:, first:second],
+        **dict(zip(SCALARS, numbers[:, :first].T, strict=True)),
+    )
+
+
+def summarize_tables(tables: Sequence[LocalizationTable], *, num_resamples: int, seed: int) -> dict[str, Any]:
+    """Compute means and patient-bootstrap intervals over one run, or over several runs on the same images.
+
+    Returns:
+        set ('all_boxed', 'predicted_positives') -> {num_images, num_patients, rules}, where rules is
+        rule -> map -> metric -> {estimate, low, high}. Several runs give the mean over runs; their images are
+        resampled together, by patient.
+    """
+    report = {}
+    for which in SETS:
+        keeps = [np.ones(len(t.ids), bool) if which == "all_boxed" else t.predicted_positive for t in tables]
+        rules: dict[str, dict[str, Any]] = {}
+        for name, rule in tables[0].scores:
+            parts = [table.scores[name, rule].subset(keep) for table, keep in zip(tables, keeps, strict=True)]
+            summary = summarize(_join(parts), num_resamples=num_resamples, seed=seed)
+            rules.setdefault(rule, {})[name] = {
+                metric: {"estimate": value.estimate, "low": value.low, "high": value.high}
+                for metric, value in summary.items()
+                if math.isfinite(value.estimate)
+            }
+        kept = [table.patients[keep] for table, keep in zip(tables, keeps, strict=True)]
+        report[which] = {
+            "num_images": [len(patients) for patients in kept],
+            "num_patients": len(np.unique(np.concatenate(kept))),
+            "rules": rules,
+        }
+    return report
+
+
+def _join(parts: list[LocalizationScores]) -> LocalizationScores:
+    names = ("patients", "predicted", "false_positives", *SCALARS)
+    return LocalizationScores(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})

@@ -1,0 +1,99 @@
+"""The first screen of a report: how good, how sure, where does it look, what went wrong."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from cxa_jax.localization_table import is_control
+from cxa_jax.report_localization import name_map
+from cxa_jax.report_tables import describe_difference, format_interval, format_number, format_p
+
+SHOWN = 3  # strata, pairs: the tables have all
+
+
+@dataclass(frozen=True)
+class Card:
+    """A question, the answer in one line, and what it rests on."""
+
+    question: str
+    answer: str
+    lines: list[str]
+
+
+def write_cards(report: dict[str, Any]) -> list[Card]:
+    """Answer the four questions for the model of the highest AUROC; the others are named beside it."""
+    groups = sorted(report["groups"], key=lambda group: -(group["free"]["auroc"]["estimate"] or 0))
+    best = groups[0]
+    return [_how_good(report, groups), _how_sure(report, best), _where(groups), _what_went_wrong(best)]
+
+
+def _how_good(report: dict[str, Any], groups: list[dict[str, Any]]) -> Card:
+    best = groups[0]
+    lines = [f"{group['name']}: {format_interval(group['free']['auroc'])}" for group in groups[1:]]
+    for baseline in report["baselines"]:
+        lines.append(f"8x8 thumbnail + logistic regression, same images: {format_interval(baseline['auroc'])}")
+    point = best.get("at_dev_threshold", best["at_0.5"])
+    source = "dev's threshold" if "at_dev_threshold" in best else "0.5"
+    recall, specificity = format_interval(point["recall"]), format_interval(point["specificity"])
+    lines.append(f"at {source}: sensitivity {recall}, specificity {specificity}")
+    return Card("How good?", f"AUROC {format_interval(best['free']['auroc'])}, {best['name']}", lines)
+
+
+def _how_sure(report: dict[str, Any], best: dict[str, Any]) -> Card:
+    data, auroc = report["data"], best["free"]["auroc"]
+    width = auroc["high"] - auroc["low"] if auroc["low"] is not None else float("nan")
+    lines = [
+        f"{data['num_images']:,} test images, {data['num_positives']:,} positive; {data['num_patients']:,} patients, "
+        f"{data['num_positive_patients']:,} of them with a positive image",
+        f"{len(best['runs'])} run(s) of {best['name']}"
+        + (f", sd over seeds {format_number(auroc['sd_over_seeds'])}" if len(best["runs"]) > 1 else ": seeds unknown"),
+    ]
+    for pair in report["comparisons"][:SHOWN]:
+        bootstrap = pair["bootstrap"]
+        lines.append(
+            f"{pair['a']} - {pair['b']}: {format_interval(bootstrap)}, p {format_p(bootstrap['p_value'])}: "
+            f"{describe_difference(bootstrap)}"
+        )
+    return Card("How sure?", f"95 % interval {format_number(width)} wide, {data['interval_method'][4:]}", lines)
+
+
+def _where(groups: list[dict[str, Any]]) -> Card:
+    group = next((group for group in groups if group["localization"]), None)
+    if group is None:
+        return Card("Where does it look?", "unknown: no test image with a box", [])
+    part = group["localization"]["all_boxed"]
+    maps = part["rules"]["half_max"]
+    own = {name: values for name, values in maps.items() if not is_control(name)}
+    if not own:
+        return Card("Where does it look?", "it has no map", [])
+    name = max(own, key=lambda key: own[key]["mean_iou"]["estimate"])
+    control, value = maps["median_box"]["mean_iou"], own[name]["mean_iou"]
+    verdict = "better than" if value["low"] > control["high"] else "no better than"
+    if value["high"] < control["low"]:
+        verdict = "worse than"
+    answer = f"{name_map(name)} overlaps {verdict} a box that sees no image"
+    lines = [
+        f"{group['name']}, {part['num_images'][0]} boxed positives of {part['num_patients']} patients, mean IoU of "
+        f"its best map {format_interval(value)}; median box of other patients {format_interval(control)}"
+    ]
+    for key, values in own.items():
+        numbers = f"pointing {format_interval(values['pointing'], 2)}"
+        if "energy_ratio" in values:
+            numbers += f", energy {format_interval(values['energy_ratio'], 2)} (1 is chance)"
+        lines.append(f"{name_map(key)}: {numbers}")
+    lines.append(f"image centre, control: pointing {format_interval(maps['image_centre']['pointing'], 2)}")
+    return Card("Where does it look?", answer, lines)
+
+
+def _what_went_wrong(best: dict[str, Any]) -> Card:
+    run = best["per_run"][0]
+    point = run["at_dev_threshold"] or run["at_0.5"]
+    (tn, fp), (fn, tp) = point["confusion_matrix"]
+    source = f"threshold {format_number(point['threshold'])}, {point['source']}; run {best['runs'][0]}"
+    lines = [source]
+    known = [row for row in best["strata"] if not row["too_small"]]
+    for row in sorted(known, key=lambda row: row["auroc"]["estimate"])[:SHOWN]:
+        lines.append(f"AUROC {row['by']} {row['name']}: {format_interval(row['auroc'])}")
+    error = run["calibration_error"]
+    lines.append(f"calibration error {format_interval(error)} before any scaling")
+    answer = f"{fn:,} of {fn + tp:,} positives missed, {fp:,} of {fp + tn:,} negatives called positive"
+    return Card("What went wrong?", answer, lines)

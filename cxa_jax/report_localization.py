@@ -1,0 +1,110 @@
+"""Localisation tables of a report: every map under every rule, always beside the controls."""
+
+from typing import Any
+
+from cxa_jax.localization import IOBB_THRESHOLDS
+from cxa_jax.localization_table import CONTROLS, RANDOM_WEIGHTS, SETS, is_control
+from cxa_jax.map_evaluation import PROTOCOL
+from cxa_jax.report_tables import Table, format_interval, format_number
+
+MAP_NAMES = {
+    "attention": "attention W",
+    "weights": "pooling weights p",
+    "evidence": "class evidence",
+    "cam": "CAM",
+    "grad_cam": "Grad-CAM",
+    "median_box": "control: median box of the other patients",
+    "image_centre": "control: image centre",
+    "random_map": "control: random map",
+}
+RULE_NAMES = {
+    "half_max": "half the maximum, largest component",
+    "otsu": "Otsu, largest component",
+    "wang": "60 and 180 of 255, every component (Wang 2017)",
+}
+SET_NAMES = {"all_boxed": "all boxed positives", "predicted_positives": "boxed positives that the model calls positive"}
+OVERLAP = ("mean_iou", "accuracy_iou_0.1", "accuracy_iou_0.3", "accuracy_iou_0.5", "accuracy_iou_0.7")
+POINTING = ("pointing", "energy_ratio", "heart_energy_ratio", "miss_rate")
+# Accuracy and average false positives at each of IOBB_THRESHOLDS, of Cardiomegaly (Wang et al. 2017).
+WANG_PUBLISHED = ((0.9931, 0.3506), (0.9794, 0.4553), (0.8767, 0.5630), (0.7260, 0.6616), (0.6849, 0.7226))
+
+
+def name_map(name: str) -> str:
+    """Return the reader's name of a map or control."""
+    if name.startswith(RANDOM_WEIGHTS):
+        return f"control: {MAP_NAMES[name.removeprefix(RANDOM_WEIGHTS)]} of random weights"
+    return MAP_NAMES[name]
+
+
+def name_rule(rule: str) -> str:
+    """Return the reader's name of a threshold rule; a number is a level that was tuned on phantoms."""
+    return RULE_NAMES.get(rule, f"level {rule}, stated beforehand, largest component")
+
+
+def tabulate_localization(report: dict[str, Any]) -> list[Table]:
+    """Return a table of overlap for each set of images and rule, and one of IoBB under Wang's rule."""
+    groups = [group for group in report["groups"] if group["localization"]]
+    if not groups:
+        return []
+    tables = [
+        _tabulate_overlap(groups, which, rule) for which in SETS for rule in groups[0]["localization"][which]["rules"]
+    ]
+    return [*tables, *(_tabulate_iobb(groups, which, report["phantom"]) for which in SETS)]
+
+
+def _rows_of(groups: list[dict[str, Any]], which: str, rule: str) -> list[tuple[str, str, dict[str, Any]]]:
+    """Return (model, map, metrics): each model's maps and their random-weight twins, then the controls.
+
+    The controls stand once where all models share the images, and after each model where they do not.
+    """
+    rows = []
+    for number, group in enumerate(groups, 1):
+        part = group["localization"][which]
+        counts = ", ".join(str(count) for count in part["num_images"])
+        model, values = f"{group['name']} (n {counts}; {part['num_patients']} patients)", part["rules"].get(rule, {})
+        own = [name for name in values if not is_control(name) or name.startswith(RANDOM_WEIGHTS)]
+        rows += [(model, name, values[name]) for name in own]
+        if which != "all_boxed" or number == len(groups):
+            shared = model if which != "all_boxed" else "on the same images"
+            rows += [(shared, name, values[name]) for name in CONTROLS if name in values]
+    return rows
+
+
+def _tabulate_overlap(groups: list[dict[str, Any]], which: str, rule: str) -> Table:
+    found = _rows_of(groups, which, rule)
+    columns = [name for name in (*OVERLAP, *POINTING) if any(name in values for _, _, values in found)]
+    rows = [
+        [model, name_map(name), *(format_interval(values.get(column)) for column in columns)]
+        for model, name, values in found
+    ]
+    head = ["model", "map", *(_column_name(column) for column in columns)]
+    title = f"Localisation, {SET_NAMES[which]}, boxes by {name_rule(rule)}"
+    note = (
+        f"{PROTOCOL}. Energy: share of the map inside the box over the box's share of the image, 1 is chance. "
+        "A map that does not beat the constant box has shown nothing."
+    )
+    return Table(title, head, rows, note, folded=(which, rule) != ("all_boxed", "half_max"))
+
+
+def _tabulate_iobb(groups: list[dict[str, Any]], which: str, phantom: bool) -> Table:
+    rows = []
+    for model, name, values in _rows_of(groups, which, "wang"):
+        cells = []
+        for threshold in IOBB_THRESHOLDS:
+            accuracy, false = (
+                values.get(f"accuracy_iobb_{threshold:g}"),
+                values.get(f"false_positives_iobb_{threshold:g}"),
+            )
+            cells.append(f"{format_interval(accuracy)} / {format_number(false and false['estimate'], 2)}")
+        if any(name.startswith("accuracy_iobb") for name in values):
+            rows.append([model, name_map(name), *cells])
+    if not phantom and which == "all_boxed":
+        cells = [f"{format_number(hits)} / {format_number(false, 2)}" for hits, false in WANG_PUBLISHED]
+        rows.append(["Wang 2017, published (146 images)", "their CAM", *cells])
+    head = ["model", "map", *(f"T(IoBB) {threshold:g}" for threshold in IOBB_THRESHOLDS)]
+    title = f"Accuracy / average false positives, {SET_NAMES[which]}, {RULE_NAMES['wang']}"
+    return Table(title, head, rows, "IoBB: intersection over the detected area (Wang 2017).", folded=True)
+
+
+def _column_name(column: str) -> str:
+    return column.replace("accuracy_iou_", "IoU > ").replace("mean_iou", "mean IoU").replace("_", " ")

@@ -1,0 +1,200 @@
+"""From finished runs to the numbers of a report: runs grouped by model, seeds combined, groups compared."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cxa_jax.classification import FIXED_THRESHOLD, THRESHOLD_FREE, describe_classification, short_interval
+from cxa_jax.comparison import PairedTest
+from cxa_jax.errors import UserError
+from cxa_jax.group_statistics import GroupStatistic, bootstrap_group, compare_groups, compute_group_delong
+from cxa_jax.localization_table import summarize_tables
+from cxa_jax.paper_tables import name_model
+from cxa_jax.results import Result
+from cxa_jax.statistics import NUM_RESAMPLES
+from cxa_jax.workdir import describe_changes
+
+THRESHOLD_STATISTICS = (
+    "accuracy", "precision", "recall", "f1", "specificity", "npv", "precision_negative", "recall_negative",
+    "f1_negative", "precision_weighted", "recall_weighted", "f1_weighted",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Runs of one model that differ in the seed alone, or one predictions file.
+
+    Attributes:
+        name: the paper's name where there is one; what differs is added where two groups would share it.
+        results: the runs.
+        statistics: 'free' -> metric -> GroupStatistic, and the same under 'at_0.5' and, if known, 'at_dev_threshold'.
+        thresholds: of each run, under 'at_0.5' and 'at_dev_threshold'.
+    """
+
+    name: str
+    results: tuple[Result, ...]
+    statistics: dict[str, dict[str, GroupStatistic]] = dataclasses.field(default_factory=dict)
+    thresholds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def has_attention(self) -> bool:
+        """True if the model learns a map that weighs its pooling."""
+        return any(result.maps is not None and "weights" in result.maps.maps for result in self.results)
+
+
+def group_results(results: Sequence[Result]) -> list[Group]:
+    """Put runs together that differ in the seed alone.
+
+    Raises:
+        UserError: two runs of one group have the same seed.
+    """
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(_group_key(result), []).append(result)
+    for members in groups.values():
+        seeds = [member.config.get("seed") for member in members]
+        if len(set(seeds)) < len(seeds):
+            names = ", ".join(member.name for member in members)
+            raise UserError(f"{names} are the same model with the same seed: give runs of different seeds")
+    names = _group_names(list(groups.values()))
+    return [Group(name, tuple(members)) for name, members in zip(names, groups.values(), strict=True)]
+
+
+def _group_key(result: Result) -> str:
+    if not result.metrics:
+        return str(result.path)
+    shape = {name: value for name, value in result.config.items() if name != "seed"}
+    shape["init.run"] = bool(shape.get("init.run"))  # each seed may start from its own run, all or none
+    changes = describe_changes({}, shape)  # the fields that shape a result
+    return json.dumps([*changes, result.metrics["image_size"]])
+
+
+def _group_names(groups: list[list[Result]]) -> list[str]:
+    names = []
+    for members in groups:
+        config = members[0].config
+        names.append(
+            name_model(*(config[f"model.{field}"] for field in ("backbone", "pooling", "head")))
+            if config
+            else members[0].name
+        )
+    sizes = {members[0].metrics["image_size"] for members in groups if members[0].metrics}
+    full = []
+    for name, members in zip(names, groups, strict=True):
+        first = members[0]
+        if len(sizes) > 1 and first.metrics:
+            name += f" at {first.metrics['image_size']} px"
+        full.append(name)
+    return [
+        name if full.count(name) == 1 else f"{name} ({_differences(members[0], groups)})"
+        for name, members in zip(full, groups, strict=True)
+    ]
+
+
+def _differences(result: Result, groups: list[list[Result]]) -> str:
+    own = {name: value for name, value in result.config.items() if name != "seed"}
+    fields = set()
+    for members in groups:
+        other = {name: value for name, value in members[0].config.items() if name != "seed"}
+        fields |= {change.split(":")[0].removeprefix("config.") for change in describe_changes(other, own)}
+    varied = [f for f in sorted(fields) if not f.startswith("model.") or f in ("model.dropout", "model.attended")]
+    return ", ".join(f"{field.split('.')[-1]} {own[field]}" for field in varied if field in own) or result.name
+
+
+def compute_group(group: Group, num_resamples: int, seed: int) -> Group:
+    """Return the group with its statistics: seeds combined, intervals over patients."""
+    test = group.results[0].test
+    scores = [result.test.score for result in group.results]
+    options = {"num_resamples": num_resamples, "seed": seed}
+    statistics = {"free": bootstrap_group(test.label, scores, test.patient, THRESHOLD_FREE, **options)}
+    thresholds = {"at_0.5": [FIXED_THRESHOLD] * len(scores)}
+    rows = [result.metrics["test"]["at_dev_threshold"] if result.metrics else None for result in group.results]
+    if all(rows):
+        thresholds["at_dev_threshold"] = [row["threshold"] for row in rows]
+    for name, values in thresholds.items():
+        statistics[name] = bootstrap_group(
+            test.label, scores, test.patient, THRESHOLD_STATISTICS, thresholds=values, **options
+        )
+    return dataclasses.replace(group, statistics=statistics, thresholds=thresholds)
+
+
+def describe_group(group: Group, num_resamples: int, seed: int) -> dict[str, Any]:
+    """Return a group's numbers for report.json: statistics, strata, calibration, paper-like values, localisation."""
+    tests = [_run_numbers(result, num_resamples, seed) for result in group.results]
+    tables = [result.boxes for result in group.results if result.boxes is not None]
+    described = {
+        "name": group.name,
+        "runs": [result.name for result in group.results],
+        "seeds": [result.config.get("seed") for result in group.results],
+        "thresholds": group.thresholds,
+    }
+    for section, values in group.statistics.items():
+        described[section] = {name: _describe(statistic) for name, statistic in values.items()}
+    described["per_run"] = tests
+    described["strata"] = [_mean_rows(rows) for rows in zip(*(test["strata"] for test in tests), strict=True)]
+    described["localization"] = None
+    if tables:
+        described["localization"] = summarize_tables(tables, num_resamples=num_resamples, seed=seed)
+    return described
+
+
+def _run_numbers(result: Result, num_resamples: int, seed: int) -> dict[str, Any]:
+    if result.metrics:
+        return result.metrics["test"]
+    return describe_classification(result.test, None, num_resamples=num_resamples, seed=seed)
+
+
+def _describe(statistic: GroupStatistic) -> dict[str, Any]:
+    return short_interval(statistic.interval) | {"values": list(statistic.values), "sd_over_seeds": statistic.sd}
+
+
+def _mean_rows(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the first run's stratum with every interval averaged over the runs, end by end."""
+    merged = dict(rows[0])
+    for name in ("auroc", "recall", "specificity"):
+        if name in merged:
+            ends = ("estimate", "low", "high")
+            merged[name] = {end: float(np.mean([_number(row[name][end]) for row in rows])) for end in ends}
+    merged["threshold"] = float(np.mean([row["threshold"] for row in rows]))
+    return merged
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def compare_all(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Compare the AUROC of each two groups on the same images."""
+    comparisons = []
+    for a, b in itertools.combinations(groups, 2):
+        test = a.results[0].test
+        paired = compare_groups(test.label, test.patient, a.statistics["free"]["auroc"], b.statistics["free"]["auroc"])
+        scores = [[result.test.score for result in group.results] for group in (a, b)]
+        comparisons.append(
+            {
+                "a": a.name,
+                "b": b.name,
+                "bootstrap": _describe_test(paired),
+                "delong": _describe_delong(test.label, *scores),
+            }
+        )
+    return comparisons
+
+
+def _describe_delong(labels: np.ndarray, *scores: list[np.ndarray]) -> dict[str, float] | None:
+    if min(np.bincount(labels, minlength=2)) < 2:  # its variance needs two images of each class
+        return None
+    return _describe_test(compute_group_delong(labels, *scores))
+
+
+def _describe_test(test: PairedTest) -> dict[str, float]:
+    return short_interval(test.difference) | {"standard_error": test.standard_error, "p_value": test.p_value}
+
+
+def choose_num_resamples(results: Sequence[Result]) -> int:
+    """Return the most resamples that a run was tested with; the default for predictions files alone."""
+    return max((result.config["eval.num_bootstrap"] for result in results if result.config), default=NUM_RESAMPLES)

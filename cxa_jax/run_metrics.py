@@ -1,0 +1,86 @@
+"""Every number of one run: what metrics.json holds. The protocol stands beside each number."""
+
+import dataclasses
+import logging
+from typing import Any
+
+import numpy as np
+
+from cxa_jax.classification import describe_classification
+from cxa_jax.data.datasets import Split, shared_patients
+from cxa_jax.errors import UserError
+from cxa_jax.localization_table import LocalizationTable, summarize_tables
+from cxa_jax.map_evaluation import PROTOCOL
+from cxa_jax.predictions import PredictionTable
+from cxa_jax.run import Run
+from cxa_jax.statistics import bootstrap_interval
+from cxa_jax.thumbnail import compute_thumbnail_features, fit_thumbnail_baseline
+
+log = logging.getLogger(__name__)
+
+
+def compute_run_metrics(
+    run: Run, dev: PredictionTable, test: PredictionTable, boxes: LocalizationTable | None
+) -> dict[str, Any]:
+    """Compute every number of a run: classification on dev and test, localisation beside its controls, a baseline.
+
+    The second threshold maximises Youden's J on dev, and dev fits the calibration; nothing is chosen on test.
+    """
+    options = {"num_resamples": run.config.eval.num_bootstrap, "seed": run.config.seed}
+    return {
+        "data": run.dataset.name,
+        "phantom": run.dataset.is_phantom,
+        "image_size": run.dataset.image_size,
+        "normalization": run.normalization,
+        "fingerprint": run.dataset.fingerprint,
+        "train": {
+            "num_images": len(run.dataset.splits["train"].index["label"]),
+            "num_positives": int(run.dataset.splits["train"].index["label"].sum()),
+            "patients_shared": {"/".join(pair): count for pair, count in shared_patients(run.dataset).items()},
+        },
+        "dev": describe_classification(dev, dev, **options),
+        "test": describe_classification(test, dev, **options),
+        "localization": describe_localization(run, boxes, **options),
+        "thumbnail_baseline": describe_thumbnail_baseline(run, test, run.dataset.splits["test"]),
+    }
+
+
+def describe_localization(
+    run: Run, boxes: LocalizationTable | None, *, num_resamples: int, seed: int
+) -> dict[str, Any] | None:
+    """Return the localisation scores with their protocol; None without any box."""
+    if boxes is None:
+        return None
+    geometry = {"stride_px": run.model.backbone.stride, "offset_px": run.model.backbone.offset}
+    return {
+        "protocol": PROTOCOL,
+        "geometry": geometry | {"image_size_px": run.dataset.image_size},
+        "num_images": len(boxes.ids),
+        "num_patients": len(np.unique(boxes.patients)),
+        "num_predicted_positive": int(boxes.predicted_positive.sum()),
+    } | summarize_tables([boxes], num_resamples=num_resamples, seed=seed)
+
+
+def describe_thumbnail_baseline(run: Run, test: PredictionTable, split: Split) -> dict[str, Any] | None:
+    """Return the test AUROC of logistic regression on 8x8 thumbnails, fitted to the same training images."""
+    train = run.dataset.splits["train"]
+    try:
+        features = _read_thumbnails(train)
+        model = fit_thumbnail_baseline(features, train.index["label"], train.index["patient"])
+    except UserError as error:
+        log.warning("no thumbnail baseline: %s", error)
+        return None
+    scores = model.predict_proba(_read_thumbnails(split))[:, 1]
+    interval = bootstrap_interval(
+        test.label,
+        scores,
+        test.patient,
+        num_resamples=run.config.eval.num_bootstrap,
+        seed=run.config.seed,
+    )
+    return {"auroc": dataclasses.asdict(interval), "num_train_images": len(features)}
+
+
+def _read_thumbnails(split: Split) -> np.ndarray:
+    images = (split.read_image(row) for row in range(len(split.source)))
+    return np.concatenate([compute_thumbnail_features(image[None]) for image in images])

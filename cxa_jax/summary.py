@@ -1,0 +1,46 @@
+"""The closing lines of a run: the few numbers that a reader looks for first."""
+
+from typing import Any
+
+from cxa_jax.data.datasets import TITLES
+
+RULE = "half_max"
+
+
+def format_summary(report: dict[str, Any]) -> str:
+    """Return the closing lines: AUROC, the paper's row at both thresholds, the baseline, localisation."""
+    test = report["test"]
+    lines = [
+        "CHEST PHANTOM: drawings, not X-rays of patients" if report["phantom"] else TITLES[report["data"]],
+        f"test: {test['num_images']:,} images, {test['num_positives']:,} positive, {test['num_patients']:,} patients",
+        f"test AUROC {_format_interval(test['auroc'])} (95 % interval, bootstrap over patients)",
+    ]
+    if report["thumbnail_baseline"]:
+        baseline = _format_interval(report["thumbnail_baseline"]["auroc"])
+        lines.append(f"8x8 thumbnail + logistic regression on the same images: AUROC {baseline}")
+    for name in ("at_0.5", "at_dev_threshold"):
+        row = test[name]
+        if row is not None:
+            lines.append(
+                f"at threshold {row['threshold']:.3f}{' (chosen on dev)' if 'dev' in name else ''}: "
+                f"accuracy {row['accuracy']:.3f}, cardiomegaly P {row['precision']:.3f} R {row['recall']:.3f} "
+                f"F1 {row['f1']:.3f}, weighted P {row['precision_weighted']:.3f} R {row['recall_weighted']:.3f} "
+                f"F1 {row['f1_weighted']:.3f}, [[TN, FP], [FN, TP]] = {row['confusion_matrix']}"
+            )
+    return "\n".join(lines + _format_localization(report["localization"]))
+
+
+def _format_localization(localization: dict[str, Any] | None) -> list[str]:
+    if localization is None:
+        return []
+    count, patients = localization["num_images"], localization["num_patients"]
+    lines = [f"localisation on {count} boxed positives of {patients} patients, boxes at {RULE}:"]
+    for name, values in localization["all_boxed"]["rules"][RULE].items():
+        shown = {key: values[key] for key in ("pointing", "energy_ratio", "mean_iou") if key in values}
+        numbers = ", ".join(f"{key.replace('_', ' ')} {_format_interval(value)}" for key, value in shown.items())
+        lines.append(f"  {name.replace('_', ' ')}: {numbers}")
+    return lines
+
+
+def _format_interval(interval: dict[str, float]) -> str:
+    return f"{interval['estimate']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
