@@ -17,7 +17,7 @@ hour: $(VENV)/run.stamp
 
 test: $(VENV)/test.stamp
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-slow: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m slow

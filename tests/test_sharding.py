@@ -27,7 +27,7 @@ def train_on(num_devices, path, implementation):
     return dict(np.load(path))
 
 
-@pytest.mark.parametrize("implementation", ["plain", "fused"])
+@pytest.mark.parametrize("implementation", [pytest.param("plain", marks=pytest.mark.slow), "fused"])
 def test_eight_devices_train_as_one(tmp_path, implementation):
     """In float64, so that anything but rounding shows: batch norm must see the moments of the whole batch."""
     one = train_on(1, tmp_path / "one.npz", implementation)

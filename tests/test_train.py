@@ -59,7 +59,11 @@ def assert_same_run(a, b):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("kills", [(0,), (4, 1, 7), (16,)], ids=str)
+@pytest.mark.parametrize(
+    "kills",
+    [(4, 1, 7), pytest.param((0,), marks=pytest.mark.slow), pytest.param((16,), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_killed_run_equals_uncut_run(uncut, tmp_path, kills):
     """18 steps in all, 6 an epoch; each number is how many steps a process survives."""
     for kill in kills:
