@@ -1,13 +1,13 @@
-"""Train, evaluate and prepare data for Cardio-XAttentionNet.
+"""Everything that Cardio-XAttentionNet does, one mode each; --mode=train is the default.
 
   python launch.py --config=configs/dense121.py                        train, on ChestX-ray14 if prepared, else phantoms
-  python launch.py --config=configs/dense121.py:phantom_quick          minutes on a laptop
+  python launch.py --config=configs/dense121.py --mode=benchmark       speed and memory of a config, on noise
+  python launch.py --config=configs/ablation.py --mode=ablate          poolings compared over seeds
   python launch.py --config=configs/dense121.py --mode=evaluate        test the best state of a workdir again
   python launch.py --mode=report --workdirs=runs/a,runs/b,theirs.csv   one page on finished runs, in --workdir
   python launch.py --config=configs/dense121.py --mode=prepare --config.data.manual_dir=/path/to/ChestX-ray14
   python launch.py --mode=predict --workdir=runs/a --inputs=xrays/     one's own images: PNG, JPEG, TIFF, BMP, DICOM
   python launch.py --mode=export --workdir=runs/a                      one file that jax alone can run
-  python launch.py --mode=selftest                                     does this installation compute what it should
 
 Any field of configs/common.py can be overridden: --config.train.batch_size=32.
 """

@@ -8,7 +8,7 @@ from cxa_jax.errors import UserError
 
 
 def test_the_defaults_and_every_variant_pass():
-    for variant in ("", "gap", "gap_mlp", "phantom_quick", "phantom_hour", "phantom_small", "research", "nih_128"):
+    for variant in ("", "gap", "gap_mlp", "phantom_quick", "phantom_hour", "research", "nih_128"):
         check_config(dense121.get_config(variant), min_size=32)
 
 
