@@ -2,8 +2,8 @@
 
     python launch.py --mode=ablate --config=configs/ablation.py
 
-The main job for each pooling and seed, one on each core, on the phantoms of phantom_quick: AMM and fair GAP, three seeds.
---config.ablation.poolings=all takes all of cxa_jax.pooling.POOLINGS, a new one included.
+The main job for each pooling and seed, one on each core, on the phantoms of phantom_quick: AMM and fair GAP,
+three seeds. --config.ablation.poolings=all takes all of cxa_jax.pooling.POOLINGS, a new one included.
 On X-rays: --config=configs/ablation.py:nih_128, or other variants of configs/common.py in the place of phantom_quick.
 """
 
