@@ -41,11 +41,12 @@ def _how_good(report: dict[str, Any], groups: list[dict[str, Any]]) -> Card:
 def _how_sure(report: dict[str, Any], best: dict[str, Any]) -> Card:
     data, auroc = report["data"], best["free"]["auroc"]
     width = auroc["high"] - auroc["low"] if auroc["low"] is not None else float("nan")
+    several = len(best["runs"]) > 1
+    spread = f"sd over seeds {format_number(auroc['sd_over_seeds'])}" if several else "the spread of seeds is not known"
     lines = [
         f"{data['num_images']:,} test images, {data['num_positives']:,} positive; {data['num_patients']:,} patients, "
         f"{data['num_positive_patients']:,} of them with a positive image",
-        f"{len(best['runs'])} run(s) of {best['name']}"
-        + (f", sd over seeds {format_number(auroc['sd_over_seeds'])}" if len(best["runs"]) > 1 else ": seeds unknown"),
+        f"{len(best['runs'])} run(s) of {best['name']}, {spread}",
     ]
     for pair in report["comparisons"][:SHOWN]:
         bootstrap = pair["bootstrap"]
