@@ -121,6 +121,7 @@ def test_other_configs_have_no_such_section():
         ablation.read_ablation(tiny.make_config())
 
 
+@pytest.mark.slow
 def test_a_member_is_the_main_job_and_its_scores(tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "load_dataset", lambda config: tiny.make_dataset())
     config = tiny.make_config(**{"train.num_epochs": 1, "model.pooling": "gap"})

@@ -76,6 +76,7 @@ def test_killed_run_equals_uncut_run(uncut, tmp_path, kills):
     assert_same_run(uncut, tmp_path)
 
 
+@pytest.mark.slow  # test_sharding.py has the step
 def test_run_on_eight_devices_ends_and_agrees(uncut, tmp_path):
     """The whole road sharded; test_sharding.py has the exact comparison of the steps."""
     ended = run_program(tmp_path, "--num_epochs=1", devices=8)
