@@ -1,4 +1,4 @@
-# make run    train the main job on the embedded chest phantom (eight minutes on two cores)
+# make run    train the main job on the embedded chest phantom (ten minutes on two cores)
 # make test   the tests, under twelve minutes on two cores;  make test-slow  the long ones
 # make lint   ruff
 
