@@ -1,7 +1,6 @@
 """One run of an ablation, in its own process: train, test, and keep what is needed to compare it with the others."""
 
 import json
-import os
 import pathlib
 import time
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from cxa_jax.atomic_files import replace_when_written
 from cxa_jax.console import log_to_console
 from cxa_jax.data.pipeline import make_train_iterator
 from cxa_jax.evaluate import Predictions
@@ -80,9 +80,8 @@ def _column(scores: LocalizationScores, field: str) -> np.ndarray:
 
 def save_scores(path: pathlib.Path, columns: Mapping[str, np.ndarray], facts: dict[str, Any]) -> None:
     """Write arrays and facts as one .npz, all or nothing."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    np.savez_compressed(temporary, facts=np.array(to_json(facts)), **columns)
-    os.replace(temporary, path)
+    with replace_when_written(path) as neighbour, neighbour.open("wb") as file:
+        np.savez_compressed(file, facts=np.array(to_json(facts)), **columns)
 
 
 def load_scores(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 import pathlib
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import export as jax_export
 
+from cxa_jax.atomic_files import replace_when_written
 from cxa_jax.data.augment import normalize_images, to_rgb
 from cxa_jax.panels import FOOTER
 from cxa_jax.trained_network import TrainedNetwork, load_trained_network
@@ -35,9 +35,8 @@ def export(workdir: str, output: str | None = None) -> pathlib.Path:
     folder = pathlib.Path(output).expanduser().absolute() if output else network.folder / "export"
     folder.mkdir(parents=True, exist_ok=True)
     artefact = bytes(export_network(network).serialize())
-    temporary = folder / f"{ARTEFACT}.{os.getpid()}.tmp"
-    temporary.write_bytes(artefact)
-    os.replace(temporary, folder / ARTEFACT)
+    with replace_when_written(folder / ARTEFACT) as neighbour:
+        neighbour.write_bytes(artefact)
     write_atomically(folder / DESCRIPTION, to_json(_describe(network, artefact)))
     log.info("%s: %.1f MB for %s; examples/run_exported.py runs it. %s",
              folder / ARTEFACT, len(artefact) / 1e6, " and ".join(PLATFORMS), FOOTER)  # fmt: skip

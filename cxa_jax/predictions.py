@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from cxa_jax.atomic_files import replace_when_written
 from cxa_jax.errors import UserError
 
 COLUMNS = ("id", "patient", "label", "logit", "score")
@@ -144,15 +145,11 @@ def write_predictions(
     columns = (ids, patients, labels, logits, scores, *attributes.values())
     if len({len(column) for column in columns}) != 1:
         raise UserError(f"columns of {path} differ in length: {[len(column) for column in columns]}")
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with replace_when_written(path) as neighbour, neighbour.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow([*COLUMNS, *attributes])
             for image_id, patient, label, logit, score, *rest in zip(*columns, strict=True):
                 writer.writerow([image_id, patient, int(label), repr(float(logit)), repr(float(score)), *rest])
-        os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write predictions {path}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

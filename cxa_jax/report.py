@@ -1,13 +1,13 @@
 """--mode=report: any set of finished runs, and anyone's predictions, as one page, one JSON file and the figures."""
 
 import logging
-import os
 import pathlib
 import shutil
 from collections.abc import Sequence
 from typing import Any
 
 from cxa_jax import report_figures, report_pictures, report_tables
+from cxa_jax.atomic_files import replace_when_written
 from cxa_jax.classification import describe_counts
 from cxa_jax.figures import save_figure
 from cxa_jax.report_cards import write_cards
@@ -132,10 +132,10 @@ def copy_augmentation(folder: pathlib.Path, results: Sequence[Result]) -> dict[s
         return {}
     name = "fig3_augmentation"
     for end in (".png", ".pdf"):
-        source, neighbour = result.augmentation.with_suffix(end), folder / f".{name}{end}"
+        source = result.augmentation.with_suffix(end)
         if source.is_file():
-            shutil.copyfile(source, neighbour)
-            os.replace(neighbour, folder / f"{name}{end}")
+            with replace_when_written(folder / f"{name}{end}") as neighbour:
+                shutil.copyfile(source, neighbour)
     caption = f"The first training batch of {result.name} as its network saw it; 1 = cardiomegaly."
     title = "Fig. 3: augmented training images"
     return {name: embed_picture(folder / f"{name}.png", name, title, caption, 560)}

@@ -42,6 +42,19 @@ def create_figure(width: float, height: float, phantom: bool) -> Figure:
     return figure
 
 
+def create_panels(
+    num_panels: int, max_columns: int, size: tuple[float, float], margin: tuple[float, float], phantom: bool
+) -> tuple[Figure, Sequence[Axes]]:
+    """Return a figure of `num_panels` axes in rows, each `size` wide and high, with a margin over all (inches)."""
+    columns = min(max_columns, num_panels)
+    rows = math.ceil(num_panels / columns)
+    figure = create_figure(size[0] * columns + margin[0], size[1] * rows + margin[1], phantom)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels[num_panels:]:
+        axes.set_axis_off()
+    return figure, panels[:num_panels]
+
+
 def style_of(index: int) -> dict[str, Any]:
     """Return colour and line of the index-th model: told apart without colour, too."""
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[index % len(LINES)]}
@@ -103,10 +116,8 @@ def draw_confusion(report: dict[str, Any], phantom: bool) -> Picture:
         if (run := group["per_run"][0])[section]
     ]
     columns = min(4, len(report["groups"]))
-    rows = math.ceil(len(cells) / columns)
-    figure = create_figure(3.1 * columns, 2.9 * rows + 0.3, phantom)
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, (name, point) in zip(panels, cells, strict=False):
+    figure, panels = create_panels(len(cells), columns, (3.1, 2.9), (0.0, 0.3), phantom)
+    for axes, (name, point) in zip(panels, cells, strict=True):
         matrix = np.array(point["confusion_matrix"])
         shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
         axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
@@ -118,8 +129,6 @@ def draw_confusion(report: dict[str, Any], phantom: bool) -> Picture:
         axes.set_yticks((0, 1), ("no\nfinding", "cardio-\nmegaly"), fontsize=8)
         axes.set(xlabel="predicted", ylabel="true")
         axes.set_title(f"{name}\nthreshold {point['threshold']:.3f}", fontsize=9)
-    for axes in panels[len(cells) :]:
-        axes.set_axis_off()
     caption = "Counts, and shares of the row. First run of each model, at 0.5 and at the threshold chosen on dev."
     return Picture("fig5_confusion", "Fig. 5: confusion matrices", caption, figure)
 
@@ -127,13 +136,8 @@ def draw_confusion(report: dict[str, Any], phantom: bool) -> Picture:
 def draw_reliability(report: dict[str, Any], phantom: bool) -> Picture:
     """Draw the observed share of positives against the score, before and after scaling on dev."""
     groups = report["groups"]
-    columns = min(4, len(groups))
-    rows = math.ceil(len(groups) / columns)
-    figure = create_figure(3.4 * columns + 0.6, 3.9 * rows + 0.5, phantom)
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in panels[len(groups) :]:
-        axes.set_axis_off()
-    for axes, group in zip(panels, groups, strict=False):
+    figure, panels = create_panels(len(groups), 4, (3.4, 3.9), (0.6, 0.5), phantom)
+    for axes, group in zip(panels, groups, strict=True):
         run = group["per_run"][0]
         fits = run["calibration"] or {"before": run | {"calibration_error": run["calibration_error"]["estimate"]}}
         axes.plot([0, 1], [0, 1], color="gray", linewidth=0.8)
@@ -189,13 +193,8 @@ def draw_overlap(report: dict[str, Any], phantom: bool) -> Picture | None:
     groups = [group for group in report["groups"] if group["localization"]]
     if not groups:
         return None
-    columns = min(3, len(groups))
-    rows = math.ceil(len(groups) / columns)
-    figure = create_figure(4.2 * columns + 0.6, 3.9 * rows + 0.2, phantom)
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in panels[len(groups) :]:
-        axes.set_axis_off()
-    for axes, group in zip(panels, groups, strict=False):
+    figure, panels = create_panels(len(groups), 3, (4.2, 3.9), (0.6, 0.2), phantom)
+    for axes, group in zip(panels, groups, strict=True):
         maps = group["localization"]["all_boxed"]["rules"]["half_max"]
         for index, name in enumerate(name for name in maps if not is_control(name)):
             _plot_accuracy(axes, maps[name], label=name_map(name), marker="osD^v"[index % 5], **style_of(index))

@@ -1,6 +1,5 @@
 """Maps and X-rays of the images that a report draws, kept in one file: a report then needs neither network nor data."""
 
-import os
 import pathlib
 import zipfile
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from cxa_jax.atomic_files import replace_when_written
 from cxa_jax.data.datasets import Split
 from cxa_jax.errors import UserError
 from cxa_jax.evaluate import Predictions
@@ -78,12 +78,8 @@ def save_maps(
         "geometry": np.array([records[0]["image"].shape[0], stride, offset]),
     }
     arrays |= {f"map_{name}": values[rows].astype(np.float32) for name, values in predictions.maps.items()}
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    try:
-        np.savez_compressed(temporary, **arrays)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replace_when_written(path) as neighbour, neighbour.open("wb") as file:
+        np.savez_compressed(file, **arrays)
 
 
 def load_maps(path: pathlib.Path) -> SavedMaps:

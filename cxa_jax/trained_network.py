@@ -15,6 +15,7 @@ from configs import common
 from cxa_jax.array_types import PyTree
 from cxa_jax.calibration import Calibration
 from cxa_jax.checkpointing import Checkpoints
+from cxa_jax.classification import FIXED_THRESHOLD
 from cxa_jax.data.augment import find_value_range
 from cxa_jax.errors import UserError
 from cxa_jax.models import CardioXAttentionNet, create_model
@@ -24,7 +25,6 @@ from cxa_jax.sharding import create_mesh, replicated, split
 from cxa_jax.steps import make_eval_step
 from cxa_jax.workdir import flatten_config
 
-FIXED_THRESHOLD = 0.5
 COMPUTATION_FIELDS = ("model.remat",)  # of older runs: how the network was computed, not what it is
 
 

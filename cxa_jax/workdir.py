@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from cxa_jax.atomic_files import replace_when_written
 from cxa_jax.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy", "clu")
@@ -52,13 +53,9 @@ NETWORK_FIELDS = ("config.model.backbone:", "config.model.pooling:", "config.mod
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Write text to `path`, all or nothing: to a neighbour first, then renamed."""
-    neighbour = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    """Write text to `path`, all or nothing."""
+    with replace_when_written(path) as neighbour:
         neighbour.write_text(text, encoding="utf-8")
-        os.replace(neighbour, path)
-    finally:
-        neighbour.unlink(missing_ok=True)
 
 
 def to_json(value: Any) -> str:

@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import pathlib
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
+from cxa_jax.atomic_files import replace_when_written
 from cxa_jax.console import progress_bar
 from cxa_jax.data import chest_phantom, chestxray14, image_folder
 from cxa_jax.data.records import decode
@@ -259,10 +259,9 @@ def _load_index(path: pathlib.Path, identity: str) -> dict[str, np.ndarray] | No
 
 
 def _save_index(path: pathlib.Path, index: dict[str, np.ndarray]) -> None:
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        np.savez_compressed(temporary, **index)
-        os.replace(temporary, path)
+        with replace_when_written(path) as neighbour, neighbour.open("wb") as file:
+            np.savez_compressed(file, **index)
     except PermissionError as error:
         log.warning("The index is computed at every start, since it cannot be kept beside the records: %s", error)
 

@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
+from cxa_jax.atomic_files import replace_when_written
 from cxa_jax.console import progress_bar
 from cxa_jax.data import images, records, splits
 from cxa_jax.data.folder_table import Row, read_rows
@@ -138,9 +138,8 @@ def report_leakage(folder: pathlib.Path, pairs: Sequence[Pair]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([Pair._fields, *pairs])
-    temporary = folder / f"{LEAKAGE_FILE}.{os.getpid()}.tmp"
-    temporary.write_text(text.getvalue(), encoding="utf-8")
-    os.replace(temporary, folder / LEAKAGE_FILE)
+    with replace_when_written(folder / LEAKAGE_FILE) as neighbour:
+        neighbour.write_text(text.getvalue(), encoding="utf-8")
     if not pairs:
         log.info("no image stands in two splits, identical or nearly so (%s)", folder / LEAKAGE_FILE)
         return

@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from cxa_jax.atomic_files import replace_when_written
 from cxa_jax.errors import UserError
 
 FILE = "input_statistics.json"
@@ -72,9 +72,8 @@ def compute_input_statistics(split: Any, fingerprint: str) -> InputStatistics:
 def save_input_statistics(statistics: InputStatistics, folder: pathlib.Path) -> None:
     """Write `folder`/input_statistics.json, all or nothing."""
     text = json.dumps(dataclasses.asdict(statistics) | {"thumbnail": statistics.thumbnail.round(3).tolist()}, indent=1)
-    temporary = folder / f"{FILE}.{os.getpid()}.tmp"
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, folder / FILE)
+    with replace_when_written(folder / FILE) as neighbour:
+        neighbour.write_text(text + "\n", encoding="utf-8")
 
 
 def load_input_statistics(folder: pathlib.Path) -> InputStatistics | None:
