@@ -13,7 +13,6 @@ Any field of configs/common.py can be overridden: --config.train.batch_size=32.
 """
 
 import importlib
-import os
 import pathlib
 import sys
 
@@ -51,7 +50,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1 and MODE.value != "predict":
         sys.exit(f"error: unexpected argument(s) {' '.join(argv[1:])}; flags look like --config=FILE")
     log_to_console()
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path("~/.cache/cxa_jax/xla").expanduser()))
+    importlib.import_module("cxa_jax.runtime").set_up_runtime()  # here, so that --help does not wait for jax
     target, names = MODES[MODE.value]
     module, function = target.split(":")
     config = CONFIG.value

@@ -92,7 +92,7 @@ def _model(backbone: str) -> ConfigDict:
             "labels": "cardiomegaly",  # 'cardiomegaly' | 'findings': NIH's 13 others too, a map for each (A3); X-rays
             "attended": "normalized",  # W multiplies BN(F) 'normalized' | F 'raw' (A1)
             "dropout": 0.5,  # before each dense layer of the head (A6)
-            "dtype": "float32",  # compute type of the backbone: 'float32' | 'bfloat16'; the rest stays float32
+            "dtype": "float32",  # compute type of the backbone: 'float32' | 'bfloat16' (GPUs; the rest stays float32)
             "implementation": "auto",  # graph of the backbone: 'auto' (by platform) | 'plain' | 'fused'; same function
         }
     )

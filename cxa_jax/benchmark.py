@@ -1,7 +1,6 @@
 """--mode=benchmark: how fast a config trains and predicts here, and what it takes, on noise in place of images."""
 
 import logging
-import time
 from typing import Any
 
 import jax
@@ -15,16 +14,17 @@ from cxa_jax.hlo import analyze_cost, analyze_memory, count_collectives
 from cxa_jax.measurements import (
     count_measured_images,
     find_largest_batch,
-    lower_train_step,
     make_step_batch,
     measure_augmentation,
     measure_inference,
     measure_steps,
 )
 from cxa_jax.run import Run, create_run
+from cxa_jax.runtime import check_compute_type
 from cxa_jax.sharding import replicated
 from cxa_jax.timing import describe_host, device_memory, measure_matmul, peak_host_bytes, process_age
 from cxa_jax.train_state import TrainState
+from cxa_jax.warm_up import compiling_train_step
 from cxa_jax.workdir import describe_environment, flatten_config, open_workdir, to_json, write_atomically
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ def benchmark(config: ConfigDict, workdir: str) -> dict[str, Any]:
     Raises:
       UserError: the config or workdir cannot be used.
     """
+    check_compute_type(config.model.dtype)
     folder = open_workdir(workdir)
     conditions = describe_environment() | {"host": describe_host()}  # before this process itself is load
     size, batch_size = config.data.image_size, config.train.batch_size
@@ -81,19 +82,16 @@ def _start(run: Run) -> tuple[dict[str, Any], Compiled, TrainState]:
     """Initialise, compile and run the first step; return what that took, the compiled step and the state."""
     hits = []
     jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event == CACHE_HIT else None)
-    state = run.create_state()
-    start = time.perf_counter()
-    lowered = lower_train_step(run, run.config.train.batch_size)
-    traced = time.perf_counter()
-    compiled = lowered.compile()
-    compile_s = time.perf_counter() - traced
+    with compiling_train_step(run) as program:  # as training does
+        state = run.create_state()
+    lowered, compiled, trace_s, compile_s = program.result()
     rate_scale = jax.device_put(np.float32(1), replicated(run.mesh))
     state, metrics = compiled(state, make_step_batch(run), rate_scale, run.root_key)
     float(metrics["loss"])
     text = compiled.as_text()
     results = {
         "start": {
-            "trace_s": traced - start,
+            "trace_s": trace_s,
             "compile_s": compile_s,
             "to_first_step_s": process_age(),
             "programs_from_cache": len(hits),
@@ -131,7 +129,7 @@ def format_table(results: dict[str, Any]) -> str:
         ("share reached", f"{arithmetic['share_of_matmul_peak']:.1%}"),
     ]
     for name, values in results["inference"].items():
-        text = _describe_seconds(values) if values else "skipped: the devices do not divide it"
+        text = f"{_describe_seconds(values)}, on {values['devices']} device(s)"
         rows.append((f"inference, {name.replace('_', ' ')}", text))
     rows += [
         (

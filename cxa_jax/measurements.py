@@ -12,7 +12,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-from jax.stages import Compiled, Lowered
+from jax.stages import Compiled
 from tqdm import tqdm
 
 from cxa_jax.array_types import Batch
@@ -20,10 +20,11 @@ from cxa_jax.data.fake_xrays import prepare_fake_split
 from cxa_jax.data.pipeline import make_train_iterator
 from cxa_jax.hlo import ANALYSIS_ONLY, analyze_memory
 from cxa_jax.run import Run
-from cxa_jax.sharding import put_batch, replicated, split
-from cxa_jax.steps import augment_batch
+from cxa_jax.sharding import create_mesh, put_batch, replicated
+from cxa_jax.steps import augment_batch, make_eval_step
 from cxa_jax.timing import summarize, time_calls
 from cxa_jax.train_state import TrainState
+from cxa_jax.warm_up import lower_train_step, read_batch
 
 RECORD_BYTES = 128 << 20  # of fake images on disk
 INFERENCE_BATCHES = (1, 16)
@@ -35,25 +36,9 @@ LARGEST_BATCH_PRECISION = 1.05  # not worth another compilation
 CompiledStep = Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def lower_train_step(run: Run, batch_size: int) -> Lowered:
-    """Trace training's own step for a batch size; nothing is put on a device."""
-    sharding = split(run.mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct((batch_size, *values.shape[1:]), values.dtype, sharding=sharding)
-        for name, values in _read_batch(run).items()
-    }
-    rate_scale = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(run.mesh))
-    return run.train_step.lower(run.abstract_state, batch, rate_scale, run.root_key)
-
-
 def make_step_batch(run: Run) -> dict[str, jax.Array]:
     """Return one training batch of the run's data on the devices."""
-    return put_batch(_read_batch(run), run.mesh)
-
-
-def _read_batch(run: Run) -> dict[str, np.ndarray]:
-    records, size = run.dataset.splits["train"], run.config.train.batch_size
-    return run.select_inputs(next(make_train_iterator(records, run.config.data, batch_size=size, seed=0)))
+    return put_batch(read_batch(run), run.mesh)
 
 
 def run_steps(
@@ -142,21 +127,20 @@ def _measure_pipeline(iterator: grain.DatasetIterator, seconds: float = 2.0) -> 
 
 
 def measure_inference(run: Run, state: TrainState) -> dict[str, Any]:
-    """Measure the evaluation step, logits and maps, blocking; None where the devices do not divide the batch."""
-    results = {}
+    """Measure the evaluation step, logits and maps, blocking; on one device where several do not divide the batch."""
+    results, size = {}, run.config.data.image_size
     for batch_size in INFERENCE_BATCHES:
-        if batch_size % run.mesh.size:
-            results[f"batch_{batch_size}"] = None
-            continue
-        size = run.config.data.image_size
-        images = put_batch(np.random.default_rng(0).integers(0, 256, (batch_size, size, size, 1), np.uint8), run.mesh)
+        mesh = run.mesh if batch_size % run.mesh.size == 0 else create_mesh(jax.devices()[:1])
+        step = run.eval_step if mesh is run.mesh else jax.jit(make_eval_step(run.model, run.normalization))
+        images = put_batch(np.random.default_rng(0).integers(0, 256, (batch_size, size, size, 1), np.uint8), mesh)
+        variables = jax.device_put(state.variables, replicated(mesh))
         start = time.perf_counter()
-        compiled = run.eval_step.lower(state.variables, images).compile()
+        compiled = step.lower(variables, images).compile()
         compile_s = time.perf_counter() - start
-        call = partial(compiled, state.variables, images)
+        call = partial(compiled, variables, images)
         seconds = time_calls(call, run.config.benchmark.num_steps, run.config.benchmark.num_warmup)
-        memory = {"compile_s": compile_s, "temp_bytes": analyze_memory(compiled)["temp"]}
-        results[f"batch_{batch_size}"] = summarize(seconds, batch_size) | memory
+        facts = {"compile_s": compile_s, "temp_bytes": analyze_memory(compiled)["temp"], "devices": mesh.size}
+        results[f"batch_{batch_size}"] = summarize(seconds, batch_size) | facts
     return results
 
 

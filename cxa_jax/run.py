@@ -115,7 +115,7 @@ def create_run(config: ConfigDict, dataset: Dataset | None = None) -> Run:
     Raises:
       UserError: the config names something that is not there.
     """
-    mesh = create_mesh()
+    mesh = create_mesh(batch_sizes=(config.train.batch_size, config.eval.batch_size))
     check_batch_size("config.train.batch_size", config.train.batch_size, mesh)
     check_batch_size("config.eval.batch_size", config.eval.batch_size, mesh)
     model = create_model(config.model, remat=config.train.remat)
@@ -164,8 +164,8 @@ def choose_normalization(config: ConfigDict) -> str:
 
 def log_run(run: Run) -> None:
     """Log devices, data and parameters."""
-    devices = jax.devices()
-    log.info("devices: %d x %s (%s)", len(devices), devices[0].device_kind, jax.default_backend())
+    devices = run.mesh.devices.flat
+    log.info("devices: %d x %s (%s)", run.mesh.size, devices[0].device_kind, jax.default_backend())
     log.info("data: %s", run.dataset.description)
     log.info("%s", describe_splits(run.dataset))
     shared = ", ".join(f"{a}/{b} {count}" for (a, b), count in shared_patients(run.dataset).items())

@@ -1,5 +1,8 @@
 """One mesh over all devices: batches split along it, everything else replicated."""
 
+import math
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -8,9 +11,15 @@ from cxa_jax.array_types import PyTree
 from cxa_jax.errors import UserError
 
 
-def create_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """Return a one-dimensional mesh named 'data' over `devices` (all by default)."""
-    return Mesh(np.asarray(devices or jax.devices()), ("data",))
+def create_mesh(devices: list[jax.Device] | None = None, *, batch_sizes: Sequence[int] = ()) -> Mesh:
+    """Return a one-dimensional mesh named 'data' over `devices` (all by default).
+
+    The devices of a processor share its cores, so there as many are taken as divide all `batch_sizes`.
+    """
+    devices = devices or jax.devices()
+    if jax.default_backend() == "cpu" and jax.process_count() == 1:
+        devices = devices[: math.gcd(len(devices), *batch_sizes)]
+    return Mesh(np.asarray(devices), ("data",))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -23,8 +23,10 @@ from cxa_jax.metrics import compute_auroc
 from cxa_jax.outputs import write_outputs
 from cxa_jax.progress import Progress
 from cxa_jax.run import Run, create_run, log_run
+from cxa_jax.runtime import check_compute_type
 from cxa_jax.sharding import put_batch, replicated
 from cxa_jax.train_state import TrainState
+from cxa_jax.warm_up import compiling_train_step
 from cxa_jax.workdir import (
     append_environment,
     check_same_run,
@@ -48,6 +50,7 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
     Raises:
       UserError: config, data or workdir cannot be used, or the loss stopped being finite; the message has the cure.
     """
+    check_compute_type(config.model.dtype)
     folder = open_workdir(workdir)
     log_to_file(folder)
     run = create_run(config)
@@ -82,7 +85,9 @@ def start_or_resume(run: Run, folder: pathlib.Path, latest: Checkpoints) -> tupl
     split, size = run.dataset.splits["train"], run.config.train.batch_size
     if restored is None:
         iterator = make_train_iterator(split, run.config.data, batch_size=size, seed=run.config.seed)
-        return run.create_state(), Progress(), iterator
+        with compiling_train_step(run):
+            state = run.create_state()
+        return state, Progress(), iterator
     state, meta = restored
     progress = Progress.from_meta(meta["progress"])
     if changes and progress.epoch_step:

@@ -52,3 +52,11 @@ def test_put_batch_keeps_bytes():
     assert on_device.dtype == np.uint8
     np.testing.assert_array_equal(on_device, images)
     assert on_device.sharding.mesh == replicated(mesh).mesh
+
+
+def test_a_processor_gives_as_many_devices_as_divide_the_batches(monkeypatch):
+    devices = jax.devices()[:1] * 8
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    assert create_mesh().size == 8
+    assert create_mesh(batch_sizes=(16, 12)).size == 4
+    assert create_mesh(batch_sizes=(16, 3)).size == 1

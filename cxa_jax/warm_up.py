@@ -1,0 +1,63 @@
+"""The train step, traced and compiled before there is anything to give it."""
+
+import concurrent.futures
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.stages import Compiled, Lowered
+
+from cxa_jax.data.pipeline import make_train_iterator
+from cxa_jax.run import Run
+from cxa_jax.sharding import replicated, split
+
+
+class StepProgram(NamedTuple):
+    """A train step as XLA was given it and as it made of it, and the seconds of both."""
+
+    lowered: Lowered
+    compiled: Compiled
+    trace_s: float
+    compile_s: float
+
+
+def read_batch(run: Run) -> dict[str, np.ndarray]:
+    """Return one training batch of the run's data on the host, as the step takes it."""
+    records, size = run.dataset.splits["train"], run.config.train.batch_size
+    return run.select_inputs(next(make_train_iterator(records, run.config.data, batch_size=size, seed=0)))
+
+
+def lower_train_step(run: Run, batch_size: int) -> Lowered:
+    """Trace training's own step for a batch size; nothing is put on a device."""
+    sharding = split(run.mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct((batch_size, *values.shape[1:]), values.dtype, sharding=sharding)
+        for name, values in read_batch(run).items()
+    }
+    rate_scale = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(run.mesh))
+    return run.train_step.lower(run.abstract_state, batch, rate_scale, run.root_key)
+
+
+@contextlib.contextmanager
+def compiling_train_step(run: Run) -> Iterator[concurrent.futures.Future[StepProgram]]:
+    """Compile the train step while the body runs, and wait for it: the first call then finds it compiled.
+
+    XLA compiles on one core most of the time and without the interpreter's lock, so the other core can compile what
+    initialises the state.
+    """
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
+        program = pool.submit(compile_train_step, run)
+        yield program
+        program.result()
+
+
+def compile_train_step(run: Run) -> StepProgram:
+    """Trace and compile training's own step for the config's batch size."""
+    start = time.perf_counter()
+    lowered = lower_train_step(run, run.config.train.batch_size)
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    return StepProgram(lowered, compiled, traced - start, time.perf_counter() - traced)
