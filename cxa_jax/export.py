@@ -24,9 +24,10 @@ ARTEFACT, DESCRIPTION = "model.stablehlo", "model.json"
 def export(workdir: str, output: str | None = None) -> pathlib.Path:
     """Write the best state of `workdir` as `output`/model.stablehlo and model.json (default `workdir`/export).
 
-    The artefact is a serialised `jax.export.Exported` of images float32 [batch, S, S] -> probability [batch], logit
-    [batch], attention [batch, h, w]; any batch; grey levels 0-255, whole (bytes) or fractional, 255 = white = dense.
-    Normalisation is inside, resizing is not.
+    The artefact is a serialised `jax.export.Exported`, called as `call(uint8=..., float32=...)`: images of both types,
+    [batch, S, S] each, any batch, either of them empty; grey levels 0-255, 255 = white = dense. It returns probability
+    [batch], logit [batch] and attention [batch, h, w], the rows of `uint8` first. Normalisation is inside, resizing is
+    not.
 
     Raises:
       UserError: no such run, or no best state.
@@ -44,17 +45,26 @@ def export(workdir: str, output: str | None = None) -> pathlib.Path:
 
 
 def export_network(network: TrainedNetwork) -> jax_export.Exported:
-    """Trace and lower the network for every platform of PLATFORMS, the batch a symbol, the weights constants."""
+    """Trace and lower the network for every platform of PLATFORMS, both batches symbols, the weights constants.
+
+    StableHLO has no argument of either of two types, so there is one of each, and the rows of both are one batch.
+    """
     variables = jax.device_get(network.variables)
 
-    def run(images: jax.Array) -> dict[str, jax.Array]:
+    def run(*, uint8: jax.Array, float32: jax.Array) -> dict[str, jax.Array]:
+        images = jnp.concatenate([uint8.astype(jnp.float32), float32])
         grey = normalize_images(images[..., None], network.normalization)
         logit, out = network.model.apply(variables, to_rgb(grey, network.normalization), train=False)
         return {"probability": jax.nn.sigmoid(logit), "logit": logit, "attention": out["attention"][..., 0]}
 
-    (batch,) = jax_export.symbolic_shape("batch")
-    images = jax.ShapeDtypeStruct((batch, network.image_size, network.image_size), jnp.float32)
-    return jax_export.export(jax.jit(run), platforms=PLATFORMS)(images)
+    # A symbol stands for 1 or more: one less may be 0. Together they are never empty.
+    bytes_1, floats_1 = jax_export.symbolic_shape("bytes_1, floats_1", constraints=["bytes_1 + floats_1 >= 3"])
+    size = network.image_size
+    images = {
+        "uint8": jax.ShapeDtypeStruct((bytes_1 - 1, size, size), jnp.uint8),
+        "float32": jax.ShapeDtypeStruct((floats_1 - 1, size, size), jnp.float32),
+    }
+    return jax_export.export(jax.jit(run), platforms=PLATFORMS)(**images)
 
 
 def _describe(network: TrainedNetwork, artefact: bytes) -> dict[str, Any]:
@@ -62,8 +72,9 @@ def _describe(network: TrainedNetwork, artefact: bytes) -> dict[str, Any]:
     return {
         "remark": FOOTER,
         "sha256": hashlib.sha256(artefact).hexdigest(),
-        "input": f"images float32 [batch, {size}, {size}], grey levels 0-255, white = dense; whole image, resized to a "
-        "square: bilinear, antialiased when shrinking",
+        "call": "call(uint8=images, float32=images); either may be empty, [0, S, S]; the rows of uint8 come first",
+        "input": f"images uint8 and images float32, [batch, {size}, {size}], grey levels 0-255 both, white = dense; "
+        "whole image, resized to a square: bilinear, antialiased when shrinking",
         "output": {
             "probability": "of cardiomegaly, not calibrated, [batch]",
             "logit": "its logit, [batch]",

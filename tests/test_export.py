@@ -28,19 +28,34 @@ def exported(tmp_path_factory):
     return path, jax_export.deserialize(bytearray((path / ARTEFACT).read_bytes())), live
 
 
-@pytest.mark.parametrize("rows", [slice(0, 1), slice(0, 5), slice(2, 5)])
-def test_equals_the_live_network(exported, rows):
+@pytest.mark.parametrize(("num_bytes", "num_floats"), [(5, 0), (0, 5), (2, 3), (1, 0)])
+def test_equals_the_live_network(exported, num_bytes, num_floats):
     _, network, live = exported
-    out = network.call(IMAGES[rows].astype(np.float32))
+    rows = slice(0, num_bytes + num_floats)
+    out = network.call(uint8=IMAGES[:num_bytes], float32=IMAGES[num_bytes : rows.stop].astype(np.float32))
     np.testing.assert_allclose(out["logit"], live["logit"][rows], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(out["attention"], live["attention"][rows], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(out["probability"], 1 / (1 + np.exp(-live["logit"][rows])), rtol=1e-4, atol=1e-5)
 
 
+def test_fractional_grey_levels_are_not_rounded(exported):
+    _, network, _ = exported
+    none, parts = IMAGES[:0], IMAGES[:1] / np.float32(64)
+    out = network.call(uint8=none, float32=parts)
+    same = network.call(uint8=none, float32=IMAGES[:1].astype(np.float32))  # min-max knows no scale
+    rounded = network.call(uint8=parts.astype(np.uint8), float32=parts[:0])
+    np.testing.assert_allclose(out["logit"], same["logit"], rtol=1e-4, atol=1e-5)
+    assert abs(float(rounded["logit"][0] - out["logit"][0])) > 1e-4
+
+
 def test_describes_itself(exported):
     path, network, _ = exported
     assert set(network.platforms) == set(PLATFORMS) == {"cpu", "cuda"}
-    assert network.in_avals[0].shape[1:] == (64, 64)
+    assert {(str(aval.dtype), aval.shape[1:]) for aval in network.in_avals} == {
+        ("uint8", (64, 64)),
+        ("float32", (64, 64)),
+    }
+    assert "stablehlo" in network.mlir_module()
     description = json.loads((path / DESCRIPTION).read_text())
     assert description["threshold"] == saved_run.THRESHOLD and description["calibration"] == saved_run.PLATT
     assert "not a medical device" in description["remark"] and description["trained_on_phantoms"] is True
