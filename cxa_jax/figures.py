@@ -20,6 +20,7 @@ PHANTOM_MARK = "chest phantom (drawings, not X-rays of patients)"
 CLASSES = ("no finding", "cardiomegaly")
 # Perceptually even and readable by the colour-blind; 0 of HEAT is black, so that it leaves an X-ray as it is.
 HEAT, SIGNED = "magma", "PuOr_r"
+FONT_FILE = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"  # Latin, Greek, Cyrillic
 
 
 def save_figure(figure: Figure, path: pathlib.Path) -> None:

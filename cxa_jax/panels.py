@@ -1,12 +1,13 @@
 """Pictures of predictions: X-ray, map and both (Fig. 1), one file each, and contact sheets. Drawn by Pillow: fast."""
 
+import functools
 import pathlib
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cxa_jax.figures import superimpose
+from cxa_jax.figures import FONT_FILE, superimpose
 
 TILE_PX = 170  # longer side of an image on a contact sheet
 COLUMNS, LINES = 6, 5
@@ -19,7 +20,7 @@ class Prediction(NamedTuple):
     """What a picture shows of one image.
 
     Attributes:
-      name: of the file.
+      name: number and name of the file.
       display: uint8 [h, w].
       heat: [S, S] in [0, 1], the map in the network's frame.
       box: x, y, w, h in px of `display`, or None.
@@ -51,22 +52,22 @@ def draw_panels(prediction: Prediction, map_name: str, intensity: float, remark:
     top = _GAP + (3 if prediction.warnings else 2) * _LINE + _LINE
     canvas = Image.new("RGB", (5 * _GAP + 3 * width + _BAR, top + height + 2 * _LINE), "white")
     draw = ImageDraw.Draw(canvas)
-    _write(draw, (_GAP, _GAP), prediction.name, canvas.width, 15)
-    _write(draw, (_GAP, _GAP + _LINE), prediction.verdict, canvas.width, 15)
+    _write(draw, (_GAP, _GAP), prediction.name, canvas.width, 14)
+    _write(draw, (_GAP, _GAP + _LINE), prediction.verdict, canvas.width, 14)
     if prediction.warnings:
-        _write(draw, (_GAP, _GAP + 2 * _LINE), "; ".join(prediction.warnings), canvas.width, 13, ALARM)
+        _write(draw, (_GAP, _GAP + 2 * _LINE), "; ".join(prediction.warnings), canvas.width, 12, ALARM)
     lefts = (_GAP, 2 * _GAP + width, 4 * _GAP + 2 * width + _BAR)
     colours = superimpose(np.zeros(grey.shape), heat, 1.0)
     pictures = (np.repeat(grey[..., None], 3, axis=2), colours, superimpose(grey, heat, intensity))
     captions = ("X-ray", map_name, f"superimposed at {intensity:g}")
     for left, picture, caption in zip(lefts, pictures, captions, strict=True):
-        _write(draw, (left, top - _LINE), caption, width, 13)
+        _write(draw, (left, top - _LINE), caption, width, 12)
         canvas.paste(_to_image(picture), (left, top))
     if prediction.box is not None:
         x, y, w, h = prediction.box
         draw.rectangle((_GAP + x, top + y, _GAP + x + w - 1, top + y + h - 1), outline=BOX_COLOUR, width=2)
     _draw_scale(canvas, draw, (lefts[1] + width + _GAP, top), height)
-    _write(draw, (_GAP, top + height + _LINE // 2), f"{remark} {FOOTER}".strip(), canvas.width, 13)
+    _write(draw, (_GAP, top + height + _LINE // 2), f"{remark} {FOOTER}".strip(), canvas.width, 12)
     return canvas
 
 
@@ -87,9 +88,10 @@ class ContactSheets:
 
     def add(self, prediction: Prediction) -> None:
         """Add one image; its frame is green where the decision is cardiomegaly."""
-        grey, heat = _stretch(prediction.display), _fit(prediction.heat, prediction.display.shape)
+        small = Image.fromarray(prediction.display)
+        small.thumbnail((TILE_PX, TILE_PX), Image.Resampling.BILINEAR)
+        grey, heat = _stretch(np.asarray(small)), _fit(prediction.heat, small.size[::-1])
         picture = _to_image(superimpose(grey, heat, self._intensity))
-        picture.thumbnail((TILE_PX, TILE_PX), Image.Resampling.BILINEAR)
         mark = "! " if prediction.warnings else ""
         self._add(picture, mark + prediction.verdict.split(",")[0], prediction.name, prediction.is_positive)
 
@@ -105,8 +107,8 @@ class ContactSheets:
         if is_framed:
             frame = (left - 3, top - 3, left + picture.width + 2, top + picture.height + 2)
             draw.rectangle(frame, outline=BOX_COLOUR, width=3)
-        _write(draw, (_GAP, TILE_PX + _GAP), text, TILE_PX, 13, ALARM if text[0] in "!n" else INK)
-        _write(draw, (_GAP, TILE_PX + _GAP + _LINE - 4), name, TILE_PX, 11)
+        _write(draw, (_GAP, TILE_PX + _GAP), text, TILE_PX, 12, ALARM if text[0] in "!n" else INK)
+        _write(draw, (_GAP, TILE_PX + _GAP + _LINE - 4), name, TILE_PX, 10)
         self._tiles.append(tile)
         if len(self._tiles) == COLUMNS * LINES:
             self._write_page()
@@ -149,11 +151,16 @@ def _write(
     draw: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, width: int, size: int, ink: tuple = INK
 ) -> None:
     """Write one line, cut with '...' where it would leave `width` px."""
-    font = ImageFont.load_default(size)
-    text = text.encode("latin-1", "replace").decode("latin-1")  # what the built-in font has
+    font = _load_font(size)
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")  # a file's name may be no text
     room = width - (corner[0] if width == draw.im.size[0] else 0)
     if draw.textlength(text, font) > room:
         while text and draw.textlength(text + "...", font) > room:
             text = text[:-1]
         text += "..."
     draw.text(corner, text, fill=ink, font=font)
+
+
+@functools.cache
+def _load_font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(FONT_FILE, size)

@@ -4,8 +4,8 @@ import collections
 import csv
 import itertools
 import logging
-import os
 import pathlib
+import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -33,37 +33,72 @@ COLUMNS = (
     "box_w", "box_h", "warnings", "picture", "error",
 )  # fmt: skip
 BOX = ("box_x", "box_y", "box_w", "box_h")
+TABLE, SUMMARY = "predictions.csv", "summary.json"
+_MAX_STEM = 60  # characters of a file's name in its picture's: 255 bytes are the most that file systems take
 
 
 def predict(workdir: str, inputs: Sequence[str], output: str | None = None) -> pathlib.Path:
     """Predict foreign images by the best state of `workdir`.
 
-    Writes to `output` (default `workdir`/predict): predictions.csv, one row for each input in the order named; for each
-    image a picture in panels/; contact sheets; summary.json.
+    Writes `output` (default `workdir`/predict): predictions.csv, one row for each input in the order named; for each
+    image a picture in panels/; contact sheets; summary.json. The folder has '.partial' behind its name until all is in
+    it; what a cut run left there goes.
 
     Args:
       workdir: of the run.
       inputs: files, folders, patterns, CSVs of paths (`input_files.list_inputs`).
-      output: folder; must not hold predictions.
+      output: folder that is not there yet, or is empty.
 
     Returns:
       The folder.
 
     Raises:
-      UserError: no run, no inputs, predictions in the way, or, at the very end, files that could not be read.
+      UserError: no run, no inputs, something in the way, or, at the very end, files that could not be read.
     """
     paths = list_inputs(inputs)
     network = load_trained_network(workdir)
-    folder = _open_output(network, output)
+    folder = pathlib.Path(output).expanduser().absolute() if output else network.folder / "predict"
+    partial = _open_partial(folder)
     statistics = load_input_statistics(network.folder)
     if statistics is None:
         log.warning("%s has no input_statistics.json, so nothing is compared with its training images; "
                     "--mode=evaluate writes it", network.folder)  # fmt: skip
     log.info("threshold %.4f: %s", network.threshold, network.threshold_origin)
-    counts = collections.Counter()
-    partial = folder / "predictions.csv.partial"
+    counts = _predict_all(network, statistics, paths, partial)
+    write_atomically(partial / SUMMARY, to_json(_summarize(network, statistics, counts)))
+    partial.rename(folder)  # onto nothing, or an empty folder
+    log.info("%d images predicted, %d with warnings; %s, panels/, %d contact sheets in %s. %s",
+             counts["predicted"], counts["with_warnings"], TABLE, counts["contact_sheets"], folder, FOOTER)  # fmt: skip
+    if counts["errors"]:
+        raise UserError(f"{counts['errors']} of {len(paths)} inputs could not be read; see {folder / TABLE}")
+    return folder
+
+
+def _open_partial(folder: pathlib.Path) -> pathlib.Path:
+    """Create the folder beside `folder` that becomes it at the end; a cut run's, known by its table, is cleared."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not empty; delete it, or choose another folder by --output")
+    partial = folder.with_name(folder.name + ".partial")
+    if partial.exists() and not (partial / TABLE).is_file():
+        raise UserError(f"{partial} is in the way; move it, or choose another folder by --output")
+    if partial.exists():
+        log.info("clearing %s, which a cut run left", partial)
+        shutil.rmtree(partial)
+    (partial / "panels").mkdir(parents=True)
+    return partial
+
+
+def _predict_all(
+    network: TrainedNetwork,
+    statistics: InputStatistics | None,
+    paths: Sequence[pathlib.Path],
+    folder: pathlib.Path,
+) -> collections.Counter:
+    """Write table, pictures and contact sheets; return the counts of summary.json."""
+    counts = collections.Counter(predicted=0, errors=0, with_warnings=0, positive=0)
     with (
-        partial.open("w", newline="", encoding="utf-8") as file,
+        # A name that is no UTF-8 is written with its bytes as \xNN.
+        (folder / TABLE).open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
         ContactSheets(folder, network.config.eval.overlay_intensity) as sheets,
         progress_bar(len(paths), "predict") as progress,
     ):
@@ -75,21 +110,8 @@ def predict(workdir: str, inputs: Sequence[str], output: str | None = None) -> p
             counts.update(["errors" if row["error"] else "predicted"])
             counts.update({"with_warnings": bool(row["warnings"]), "positive": row["decision"] == CLASSES[1]})
             progress.update()
-    os.replace(partial, folder / "predictions.csv")
-    write_atomically(folder / "summary.json", to_json(_summarize(network, statistics, counts, sheets.num_pages)))
-    log.info("%d images predicted, %d with warnings; predictions.csv, panels/, %d contact sheets in %s. %s",
-             counts["predicted"], counts["with_warnings"], sheets.num_pages, folder, FOOTER)  # fmt: skip
-    if counts["errors"]:
-        raise UserError(f"{counts['errors']} of {len(paths)} inputs could not be read; see {folder}/predictions.csv")
-    return folder
-
-
-def _open_output(network: TrainedNetwork, output: str | None) -> pathlib.Path:
-    folder = pathlib.Path(output).expanduser().absolute() if output else network.folder / "predict"
-    if (folder / "predictions.csv").exists():
-        raise UserError(f"{folder} holds predictions; delete it, or choose another folder by --output")
-    (folder / "panels").mkdir(parents=True, exist_ok=True)
-    return folder
+    counts["contact_sheets"] = sheets.num_pages
+    return counts
 
 
 def _run(
@@ -125,19 +147,21 @@ def _make_row(
 ) -> dict[str, Any]:
     """Return the row of one input, and draw it."""
     row = dict.fromkeys(COLUMNS, "") | {"path": str(item.path), "error": item.error}
+    name = f"{number:05d} {item.path.name}"
     if out is None:
-        sheets.add_error(item.path.name)
+        sheets.add_error(name)
         return row
     logit = float(out["logit"])
     if not np.isfinite(logit):
-        sheets.add_error(item.path.name)
+        sheets.add_error(name)
         return row | {"error": "the network's output is not a finite number"}
     score = float(expit(logit))
     decision = CLASSES[int(score >= network.threshold)]
     heat, box = locate(network, out)
     box = box if decision == CLASSES[1] else None
     found = check_image(item.image, statistics)
-    picture = f"panels/{number:05d}_{item.path.stem}.png"
+    stem = item.path.stem[:_MAX_STEM].encode("utf-8", "replace").decode("utf-8")  # a name may be no text
+    picture = f"panels/{number:05d}_{stem}.png"
     row |= {"logit": repr(logit), "score": repr(score), "threshold": repr(network.threshold), "decision": decision}
     row |= {"threshold_origin": network.threshold_origin, "warnings": "; ".join(found), "picture": picture}
     if network.calibration is not None:
@@ -145,7 +169,7 @@ def _make_row(
     if box is not None:
         scale = np.array([item.image.width, item.image.height] * 2) / network.image_size
         row |= {name: f"{value:.1f}" for name, value in zip(BOX, box * scale, strict=True)}
-    shown = _make_prediction(network, item, heat, box, score, found)
+    shown = _make_prediction(network, item, name, heat, box, score, found)
     image = draw_panels(shown, _map_name(network), network.config.eval.overlay_intensity, _remark(network))
     image.save(folder / picture, compress_level=3)  # a tenth larger than by default, in half the time
     sheets.add(shown)
@@ -167,6 +191,7 @@ def locate(network: TrainedNetwork, out: dict[str, np.ndarray]) -> tuple[np.ndar
 def _make_prediction(
     network: TrainedNetwork,
     item: InputImage,
+    name: str,
     heat: np.ndarray,
     box: np.ndarray | None,
     score: float,
@@ -177,7 +202,7 @@ def _make_prediction(
     verdict = f"score {score:.3f}: {CLASSES[int(is_positive)]}"
     verdict += f", threshold {network.threshold:.3f} ({network.threshold_origin})"
     scaled = None if box is None else box * np.array([width, height, width, height]) / network.image_size
-    return Prediction(item.path.name, item.display, heat, scaled, verdict, found, is_positive)
+    return Prediction(name, item.display, heat, scaled, verdict, found, is_positive)
 
 
 def _map_name(network: TrainedNetwork) -> str:
@@ -189,7 +214,7 @@ def _remark(network: TrainedNetwork) -> str:
 
 
 def _summarize(
-    network: TrainedNetwork, statistics: InputStatistics | None, counts: collections.Counter, num_sheets: int
+    network: TrainedNetwork, statistics: InputStatistics | None, counts: collections.Counter
 ) -> dict[str, Any]:
     return {
         "remark": f"{_remark(network)} {FOOTER}".strip(),
@@ -204,6 +229,5 @@ def _summarize(
         "box": f"{RULE} of {_map_name(network)}, largest component; px of the file; for positive decisions only",
         "compared_with_training_images": 0 if statistics is None else statistics.num_images,
         "counts": dict(counts),
-        "contact_sheets": num_sheets,
         "environment": describe_environment(),
     }

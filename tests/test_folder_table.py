@@ -58,10 +58,25 @@ def test_a_table(tmp_path):
     assert second.boxes == () and second.age == -1
 
 
+def test_a_table_names_the_patients_of_folders(tmp_path):
+    make(tmp_path, "train/cardiomegaly/a.png", "test/no_finding/b.png")
+    (tmp_path / "t.csv").write_text("path,patient\ntrain/cardiomegaly/a.png,p1\ntest/no_finding/b.png,p2\n")
+    rows = read_rows(tmp_path, options(table=str(tmp_path / "t.csv")))
+    assert [(row.label, row.split, row.patient) for row in rows] == [(0, "test", "p2"), (1, "train", "p1")]
+    make(tmp_path, "train/cardiomegaly/c.png", "other.txt")
+    with pytest.raises(UserError, match="1 images below .* are not in .*t.csv, the first is train/cardiomegaly/c.png"):
+        read_rows(tmp_path, options(table=str(tmp_path / "t.csv")))
+    (tmp_path / "t.csv").write_text("path,patient\nother.txt,p1\n")
+    with pytest.raises(UserError, match="line 2: .*other.txt lies in no class folder"):
+        read_rows(tmp_path, options(table=str(tmp_path / "t.csv")))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("path,labels\na.png,1\n", "lacks the column.s. label"),
+        ("path,labels\na.png,1\n", "lacks the column label, and the folders do not say it: .*a.png lies in no class"),
+        ("file,label\na.png,1\n", "lacks the column path"),
+        ("path,label\n,1\n", "line 2: there is no file"),
         ("path,label\na.png,2\n", "line 2: label '2'"),
         ("path,label\nb.png,1\n", "line 2: there is no file"),
         ("path,label\na.png,1\na.png,0\n", "line 3: a.png is already on line 2"),

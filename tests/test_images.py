@@ -68,6 +68,18 @@ def test_sixteen_bit_files_use_their_true_range(tmp_path, bits, divisor):
     assert pixels.max() == 255
 
 
+def test_exif_orientation_is_told_and_not_applied(tmp_path):
+    for orientation, notes in ((1, ()), (6, ("its EXIF orientation 6 is not applied",))):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(GREY).save(tmp_path / "a.png", exif=exif)
+        pixels, _, found = images.read_grey(tmp_path / "a.png")
+        np.testing.assert_array_equal(pixels, GREY)
+        assert found == notes
+    Image.fromarray(GREY).save(tmp_path / "a.jpg", exif=b"Exif\0\0damaged")
+    assert images.read_grey(tmp_path / "a.jpg")[2] == ()
+
+
 @pytest.mark.parametrize("size", [8, 24, 30, 50])
 def test_resize_is_antialiased_bilinear(size):
     result = images.resize_square(GREY, size)

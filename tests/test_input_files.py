@@ -27,6 +27,12 @@ def test_patterns_files_and_lists_in_the_order_named(tree):
     (tree / "list.csv").write_text("score,path\n1,sub/c.tiff\n2,missing.png\n")
     found = names(list_inputs([str(tree / "list.csv"), str(tree / "*.png"), str(tree / "**/*.tiff")]), tree)
     assert found == ["sub/c.tiff", "missing.png", "b.png"]
+    (tree / "list.csv").write_text("Score, Path\n1,b.png\n")
+    assert names(list_inputs([str(tree / "list.csv")]), tree) == ["b.png"]
+
+
+def test_a_pattern_may_name_folders(tree):
+    assert names(list_inputs([str(tree / "s*")]), tree) == ["sub/IM0001", "sub/c.tiff"]
 
 
 def test_a_file_that_does_not_exist_stays_to_be_reported(tree):

@@ -74,12 +74,44 @@ def test_pictures_and_summary(workdir, rows):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["counts"]["errors"] == 2 and summary["counts"]["predicted"] == 19
     assert "not a medical device" in summary["remark"] and "drawings" in summary["remark"]
-    assert not list(folder.glob("*.partial"))
+    assert not list(folder.parent.glob("*.partial"))
 
 
 def test_predictions_are_not_overwritten(workdir, rows):
     with pytest.raises(UserError, match="--output"):
         predict(str(workdir[0]), [str(workdir[0] / "png")])
+
+
+def test_a_cut_run_leaves_no_folder_and_the_next_one_is_whole(workdir, tmp_path, monkeypatch):
+    """Also names that are long, or no text, or the same in two folders."""
+    source = next((workdir[0] / "png").glob("test*.png")).read_bytes()
+    for name in ("a/" + 251 * "x", "a/same", "b/same", "b/ü心", "b/no\udcfftext"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.png").write_bytes(source)
+    inputs, output = [str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "out"
+    output.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("cxa_jax.predict.draw_panels", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            predict(str(workdir[0]), inputs, str(output))
+    assert not list(output.iterdir()) and (tmp_path / "out.partial" / "predictions.csv").is_file()
+    (tmp_path / "out.partial" / "panels" / "stale.png").write_bytes(b"")
+    predict(str(workdir[0]), inputs, str(output))
+    with (output / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        written = list(csv.DictReader(file))
+    assert len({row["picture"] for row in written}) == 5 == len(list((output / "panels").iterdir()))
+    assert all((output / row["picture"]).is_file() for row in written) and not (tmp_path / "out.partial").exists()
+    assert len({row["logit"] for row in written}) == 1
+    assert {row["path"] for row in written} >= {f"{tmp_path}/b/ü心.png", f"{tmp_path}/b/no\\udcfftext.png"}
+
+
+def test_folders_of_others_are_left_alone(workdir, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    with pytest.raises(UserError, match="out.partial is in the way"):
+        predict(str(workdir[0]), [str(workdir[0] / "png")], str(tmp_path / "out"))
+    (tmp_path / "mine.txt").write_text("")
+    with pytest.raises(UserError, match="is not empty"):
+        predict(str(workdir[0]), [str(workdir[0] / "png")], str(tmp_path))
 
 
 def test_box_is_in_pixels_of_the_file_and_no_patient_is_named(workdir, tmp_path, rows):

@@ -17,7 +17,6 @@ log = logging.getLogger(__name__)
 SPLIT_NAMES = {"train": "train", "training": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev",
                "test": "test", "testing": "test"}  # fmt: skip
 COLUMNS = ("path", "label", "patient", "split", "boxes", "view", "sex", "age")
-REQUIRED = ("path", "label")
 UNKNOWN_AGE = -1
 
 
@@ -50,7 +49,7 @@ def read_rows(root: pathlib.Path, options: ConfigDict) -> list[Row]:
     """Read what config.data.folder describes below `root` (config.data.manual_dir), sorted by id.
 
     Folders: `root`/CLASS/..., or `root`/SPLIT/CLASS/...; a table: the CSV with the columns of COLUMNS, paths relative
-    to `root`.
+    to `root`. A table without `label` adds its columns, such as the patient, to what the folders say.
 
     Raises:
       UserError: a folder, column or value that has no meaning, a missing file, or a patient that cannot be told. The
@@ -110,39 +109,53 @@ def _read_table(root: pathlib.Path, options: ConfigDict) -> Iterator[Row]:
             reader.fieldnames = header
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"config.data.folder.table={table} cannot be read: {error}") from error
-    missing = [name for name in REQUIRED if name not in header]
-    if missing:
-        raise UserError(f"{table} lacks the column(s) {', '.join(missing)}; known are {', '.join(COLUMNS)}")
+    if "path" not in header:
+        raise UserError(f"{table} lacks the column path; known are {', '.join(COLUMNS)}")
+    in_folders = None if "label" in header else _index_folders(root, options, table)
     seen: dict[str, int] = {}
     for line, record in records:
         values = {(key or "").strip().lower(): (value or "").strip() for key, value in record.items() if key}
         try:
-            row = _parse(root, values, options)
+            row = _parse(root, values, options, in_folders)
         except ValueError as error:
             raise UserError(f"{table}, line {line}: {error}") from error
         if row.id in seen:
             raise UserError(f"{table}, line {line}: {row.id} is already on line {seen[row.id]}")
         seen[row.id] = line
         yield row
+    unlisted = sorted(set(in_folders or ()) - set(seen))
+    if unlisted:
+        raise UserError(f"{len(unlisted)} images below {root} are not in {table}, the first is {unlisted[0]}")
 
 
-def _parse(root: pathlib.Path, values: dict[str, str], options: ConfigDict) -> Row:
+def _index_folders(root: pathlib.Path, options: ConfigDict, table: pathlib.Path) -> dict[str, Row]:
+    try:
+        return {row.id: row for row in _read_folders(root, options)}
+    except UserError as error:
+        raise UserError(f"{table} lacks the column label, and the folders do not say it: {error}") from error
+
+
+def _parse(root: pathlib.Path, values: dict[str, str], options: ConfigDict, in_folders: dict[str, Row] | None) -> Row:
+    """Return the row of one line; `in_folders` says label and split where the table has no label."""
     labels = _class_labels(options) | {"1": 1, "0": 0}
-    path, label, split = root / values["path"], _fold(values["label"]), _fold(values.get("split", ""))
-    if not path.is_file():
+    image_id, split = pathlib.PurePath(values["path"]).as_posix(), _fold(values.get("split", ""))
+    path = root / values["path"]
+    if not values["path"] or not path.is_file():
         raise ValueError(f"there is no file {path}")
-    if label not in labels:
+    if in_folders is None and _fold(values["label"]) not in labels:
         raise ValueError(f"label {values['label']!r} is none of {', '.join(labels)}")
+    if in_folders is not None and image_id not in in_folders:
+        raise ValueError(f"{path} lies in no class folder, and there is no column label")
     if split and split not in SPLIT_NAMES:
         raise ValueError(f"split {values['split']!r} is none of {', '.join(SPLIT_NAMES)}")
     boxes = tuple(_parse_box(text) for text in values.get("boxes", "").split(";") if text.strip())
     age = int(float(values["age"])) if values.get("age") else UNKNOWN_AGE
     return Row(
-        id=pathlib.PurePath(values["path"]).as_posix(),
+        id=image_id,
         path=path,
         patient=values.get("patient", ""),
-        label=labels[label],
-        split=SPLIT_NAMES.get(split, ""),
+        label=labels[_fold(values["label"])] if in_folders is None else in_folders[image_id].label,
+        split=SPLIT_NAMES.get(split, "" if in_folders is None else in_folders[image_id].split),
         boxes=boxes,
         view=values.get("view", ""),
         sex=values.get("sex", ""),

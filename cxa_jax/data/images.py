@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from cxa_jax.data.parallel import ordered_map
 from cxa_jax.errors import UserError
@@ -19,6 +19,7 @@ DICOM_SUFFIXES = (".dcm", ".dicom", ".dic")
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _GREY_MODES = (*_SIXTEEN_BIT_MODES, "1", "L", "LA", "F")
 _RANGE_BITS = (8, 12, 16)  # what scanners and exporters put into a 16-bit file
+UPRIGHT = 1  # EXIF's orientation
 _CHUNK = 8  # images a task: large enough to hide the hand-over, small enough to bound memory
 _COLOUR_SHARE, _COLOUR_LEVELS = 0.01, 16  # colour is more than this share of pixels with channels this far apart
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -60,7 +61,8 @@ def read_grey(path: str | os.PathLike) -> tuple[np.ndarray, str, tuple[str, ...]
     """Read any image file as `decode_grey` does, DICOM too (`dicom.read_dicom`).
 
     Returns:
-      Pixels uint8 [H, W], the file's mode, and notes: what is odd about it (colour, several frames, DICOM tags).
+      Pixels uint8 [H, W], the file's mode, and notes: what is odd about it (colour, EXIF orientation, several
+      frames, DICOM tags).
     """
     if is_dicom(path):
         from cxa_jax.data import dicom  # here: workers that see no DICOM do without pydicom
@@ -73,6 +75,7 @@ def read_grey(path: str | os.PathLike) -> tuple[np.ndarray, str, tuple[str, ...]
         image.load()
         pixels, mode = _to_grey(image), image.mode
         notes = () if mode in _GREY_MODES else _note_colour(np.asarray(_without_palette(image).convert("RGB")))
+        notes += _note_orientation(image)
         num_frames = getattr(image, "n_frames", 1)  # formats of one frame have no such attribute
         return pixels, mode, notes if num_frames == 1 else (*notes, f"the first of {num_frames} frames")
 
@@ -176,6 +179,15 @@ def _note_colour(rgb: np.ndarray) -> tuple[str, ...]:
     spread = rgb.max(axis=2).astype(np.int16) - rgb.min(axis=2)
     share = float(np.mean(spread > _COLOUR_LEVELS))
     return (f"colour in {share:.0%} of the pixels, read as luminance",) if share > _COLOUR_SHARE else ()
+
+
+def _note_orientation(image: Image.Image) -> tuple[str, ...]:
+    """Tell of a camera's or viewer's wish to turn the picture: it is not granted, as NIH's files have none."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
+    except _UNREADABLE:  # of the header alone: the pixels were read
+        return ()
+    return () if orientation == UPRIGHT else (f"its EXIF orientation {orientation} is not applied",)
 
 
 def _narrow(pixels: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ def list_inputs(arguments: Sequence[str]) -> list[pathlib.Path]:
 
     Args:
       arguments: each a file; a folder (all images below it, sorted; DICOM also without a suffix); a pattern with *, ?,
-        [...] or **; or a .csv with a column `path`, relative to its own folder.
+        [...] or ** for files and folders; or a .csv with a column `path`, relative to its own folder.
 
     Returns:
       The paths in the order named, each once. A file that does not exist stays in the list: it becomes a row with its
@@ -50,8 +50,8 @@ def _expand(argument: str) -> Iterator[pathlib.Path]:
     elif path.suffix.lower() == ".csv":
         yield from _read_list(path)
     elif not path.exists() and glob.has_magic(argument):
-        matches = sorted(glob.glob(str(path), recursive=True))
-        yield from (pathlib.Path(match) for match in matches if pathlib.Path(match).is_file())
+        for match in map(pathlib.Path, sorted(glob.glob(str(path), recursive=True))):
+            yield from list_folder(match) if match.is_dir() else [match]
     else:
         yield path
 
@@ -74,7 +74,9 @@ def list_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 def _read_list(path: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+            rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as a CSV of paths: {error}") from error
     if not rows or not all(row.get("path") for row in rows):
