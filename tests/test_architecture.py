@@ -10,7 +10,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import from its own floor and below.
 FLOORS = [
-    {"errors", "array_types", "atomic_files", "console", "findings", "hlo"},
+    {"errors", "array_types", "atomic_files", "console", "findings", "hlo", "usage"},
     {"pooling", "losses", "metrics", "heat_maps", "boxes", "predictions", "optimizer", "workdir"},
     {"weighted_statistics"},
     {"evidence", "statistics", "calibration", "thumbnail"},

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from cxa_jax.usage import MODES
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -16,10 +18,14 @@ def launch(*arguments, cwd=ROOT):
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
 
 
-def test_help_shows_commands_and_flags():
-    done = launch("--help")
-    assert "--config=configs/dense121.py" in done.stdout
-    assert "--workdir" in done.stdout and "--mode" in done.stdout
+def test_help_groups_its_flags_by_mode():
+    done = launch("--mode=predict", "--help")
+    assert done.returncode == 0 and not done.stderr
+    parts = {part.split()[0]: part for part in done.stdout.split("\n--mode=")[1:]}
+    assert {name.rstrip(":") for name in parts} == set(MODES)
+    for flag in ("--workdir", "--inputs", "--output", "python launch.py --mode=predict"):
+        assert flag in parts["predict:"]
+    assert "--inputs" not in parts["export:"] and max(map(len, done.stdout.splitlines())) <= 120
 
 
 @pytest.mark.parametrize(
