@@ -16,6 +16,7 @@ from cxa_jax.errors import UserError
 SECRET = "DOE^JANE"
 TEST_FILES = pathlib.Path(pydicom.__file__).parent / "data" / "test_files"
 STORED = np.random.default_rng(0).integers(0, 4096, (64, 80)).astype(np.uint16)
+UNKNOWN_VR = b"\x08\x00\x60\x00CS", b"\x08\x00\x60\x00C\xe2"
 FRAMES = b"\x28\x00\x08\x00IS\x02\x0011", b"\x28\x00\x08\x00IS\x02\x001A"
 
 
@@ -100,6 +101,13 @@ def test_compressed_pixels_are_the_same(tmp_path, syntax):
     np.testing.assert_array_equal(read_grey(write(tmp_path / "b.dcm", syntax=syntax))[0], plain)
 
 
+def test_an_rle_segment_that_is_too_long_ends_no_process(tmp_path):
+    """pylibjpeg-rle's decoder panics on it, past every `except Exception`."""
+    plain = read_grey(write(tmp_path / "a.dcm"))[0]
+    path = damaged(write(tmp_path / "b.dcm", syntax=RLELossless), lambda raw: raw[:-900] + 800 * b"\x81" + raw[-100:])
+    assert np.abs(read_grey(path)[0].astype(int) - plain).max() <= 16  # the damage is in the low bytes' last rows
+
+
 def test_jpeg_lossless_family(tmp_path):
     plain = read_grey(TEST_FILES / "MR_small.dcm")[0]
     for name in ("MR_small_RLE", "MR_small_jp2klossless", "MR_small_jpeg_ls_lossless", "MR_small_bigendian"):
@@ -138,6 +146,13 @@ def damaged(path, change):
         ("damaged", lambda path: damaged(write(path), lambda raw: raw[:-100])),
         ("without an image", lambda path: damaged(write(path), lambda raw: b"nothing" * 30)),
         ("damaged", lambda path: write(path, WindowCenter=10, WindowWidth=0)),
+        ("damaged", lambda path: damaged(write(path), lambda raw: raw.replace(*UNKNOWN_VR))),
+        (
+            "damaged",
+            lambda path: damaged(
+                write(path, syntax=RLELossless), lambda raw: raw[:-2600] + 2500 * b"\x80" + raw[-100:]
+            ),
+        ),
     ],
 )
 def test_refused_without_quoting_the_patient(tmp_path, message, make):

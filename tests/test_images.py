@@ -110,6 +110,19 @@ def test_damaged_files_are_named(tmp_path, damage):
         images.load_grey(path, 8)
 
 
+def test_a_later_frame_without_dimensions(tmp_path):
+    """Pillow raises a TypeError of it, when the frames are counted."""
+    frames = [Image.fromarray(GREY), Image.fromarray(GREY)]
+    frames[0].save(tmp_path / "bad.tif", save_all=True, append_images=frames[1:])
+    data = (tmp_path / "bad.tif").read_bytes()
+    width = b"\x00\x01\x04\x00\x01\x00\x00\x00\x1e"  # tag 256, of 30 px
+    assert data.count(width) == 2
+    data = data[: data.rindex(width)] + b"\x09\x09" + width[2:] + data[data.rindex(width) + len(width) :]
+    (tmp_path / "bad.tif").write_bytes(data)
+    with pytest.raises(UserError, match=r"bad\.tif"):
+        images.read_grey(tmp_path / "bad.tif")
+
+
 def test_floats_and_wide_integers_are_refused(tmp_path):
     with pytest.raises(UserError, match="floating point"):
         images.decode_grey(_save(tmp_path / "f.tiff", Image.fromarray(GREY.astype(np.float32))))

@@ -1,5 +1,6 @@
 """DICOM X-rays as 8-bit grey, as a viewer shows them. Reads no tag that says who the patient is."""
 
+import logging
 import os
 import warnings
 
@@ -8,7 +9,8 @@ import pydicom
 from PIL import Image
 from pydicom import pixels
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
+from pydicom.uid import RLELossless
 
 from cxa_jax.errors import UserError
 
@@ -16,6 +18,8 @@ RADIOGRAPHS = ("CR", "DX", "DR", "RG", "RF", "XA")  # modalities that a projecti
 FRONTAL_VIEWS = ("AP", "PA", "")
 NOT_RADIOGRAPH = "its DICOM modality is not that of an X-ray"
 NOT_FRONTAL = "its DICOM view position is not PA or AP"
+
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its warnings may quote what stands in a tag
 
 # All that is ever parsed: pixels, how to show them, and two words on what they are. Names, dates and numbers of the
 # patient stay unread, so they cannot get into a message.
@@ -29,8 +33,8 @@ _TAGS = [
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 # What pydicom and its plugins raise for pixels or display tags that are cut, altered or contradictory.
-_DAMAGE = (AttributeError, EOFError, IndexError, KeyError, NotImplementedError, OSError, RuntimeError, TypeError,
-           ValueError)  # fmt: skip
+_DAMAGE = (AttributeError, BytesLengthException, EOFError, IndexError, KeyError, NotImplementedError, OSError,
+           OverflowError, RuntimeError, TypeError, ValueError)  # fmt: skip
 
 
 def read_dicom(path: str | os.PathLike) -> tuple[np.ndarray, str, tuple[str, ...]]:
@@ -55,18 +59,18 @@ def read_dicom(path: str | os.PathLike) -> tuple[np.ndarray, str, tuple[str, ...
         dataset = _open(path)
         try:
             photometric = _check(path, dataset)
+            if dataset.file_meta.TransferSyntaxUID == RLELossless:
+                dataset.pixel_array_options(decoding_plugin="pydicom")  # pylibjpeg-rle panics on damage
             stored = dataset.pixel_array
             values = stored if photometric in _COLOUR else _show(stored, dataset, photometric == "MONOCHROME1")
+            mode, notes = f"DICOM {photometric} {int(dataset.BitsStored)}-bit", _note_tags(dataset)
         except UserError:  # itself a ValueError
             raise
         except _DAMAGE as error:
             raise UserError(f"{path}: its DICOM tags or pixels are damaged ({type(error).__name__})") from None
     if values.dtype != np.uint8:
         raise UserError(f"{path}: DICOM colour of more than 8 bits is not read")
-    notes = [NOT_RADIOGRAPH] if str(dataset.get("Modality", "")) not in RADIOGRAPHS else []
-    if str(dataset.get("ViewPosition", "") or "") not in FRONTAL_VIEWS:
-        notes.append(NOT_FRONTAL)
-    return values, f"DICOM {photometric} {int(dataset.BitsStored)}-bit", tuple(notes)
+    return values, mode, notes
 
 
 def to_luminance(rgb: np.ndarray) -> np.ndarray:
@@ -101,7 +105,7 @@ def _check(path: str | os.PathLike, dataset: Dataset) -> str:
     if decoder is not None and not decoder.is_available:
         raise UserError(
             f"{path}: no installed plugin decodes DICOM transfer syntax {syntax.name}; "
-            "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg pylibjpeg-rle"
+            "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
         )
     return photometric
 
@@ -125,6 +129,11 @@ def _show(stored: np.ndarray, dataset: Dataset, inverted: bool) -> np.ndarray:
         grey = 255 - grey
     grey[padding] = 0
     return grey
+
+
+def _note_tags(dataset: Dataset) -> tuple[str, ...]:
+    notes = (NOT_RADIOGRAPH,) if str(dataset.get("Modality", "")) not in RADIOGRAPHS else ()
+    return notes if str(dataset.get("ViewPosition", "") or "") in FRONTAL_VIEWS else (*notes, NOT_FRONTAL)
 
 
 def _has_window(dataset: Dataset) -> bool:

@@ -22,7 +22,9 @@ _RANGE_BITS = (8, 12, 16)  # what scanners and exporters put into a 16-bit file
 UPRIGHT = 1  # EXIF's orientation
 _CHUNK = 8  # images a task: large enough to hide the hand-over, small enough to bound memory
 _COLOUR_SHARE, _COLOUR_LEVELS = 0.01, 16  # colour is more than this share of pixels with channels this far apart
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+# What Pillow and its decoders raise for files that are cut or altered.
+_UNREADABLE = (AttributeError, EOFError, IndexError, KeyError, OSError, OverflowError, SyntaxError, TypeError,
+               ValueError, struct.error, zlib.error, Image.DecompressionBombError)  # fmt: skip
 
 
 class GreyImage(NamedTuple):
