@@ -74,8 +74,10 @@ def draw_panels(prediction: Prediction, map_name: str, intensity: float, remark:
 class ContactSheets:
     """Superimposed maps, thirty to a page, written when a page is full; a context manager that writes the last one."""
 
-    def __init__(self, folder: pathlib.Path, intensity: float):
+    def __init__(self, folder: pathlib.Path, intensity: float, remark: str):
+        """Remember where to write, the intensity of the maps, and a remark that stands below every page."""
         self._folder, self._intensity = folder, intensity
+        self._footer = f"{remark} {FOOTER} ! = see its warnings.".strip()
         self._tiles: list[Image.Image] = []
         self.num_pages = 0
 
@@ -120,7 +122,7 @@ class ContactSheets:
         page = Image.new("RGB", (COLUMNS * width, lines * height + _LINE), "white")
         for i, tile in enumerate(self._tiles):
             page.paste(tile, (i % COLUMNS * width, i // COLUMNS * height))
-        _write(ImageDraw.Draw(page), (_GAP, lines * height), FOOTER + " ! = see its warnings.", page.width, 12)
+        _write(ImageDraw.Draw(page), (_GAP, lines * height), self._footer, page.width, 12)
         page.save(self._folder / f"sheet_{self.num_pages:03d}.png")
         self._tiles = []
 

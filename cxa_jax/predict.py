@@ -99,7 +99,7 @@ def _predict_all(
     with (
         # A name that is no UTF-8 is written with its bytes as \xNN.
         (folder / TABLE).open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-        ContactSheets(folder, network.config.eval.overlay_intensity) as sheets,
+        ContactSheets(folder, network.config.eval.overlay_intensity, _remark(network)) as sheets,
         progress_bar(len(paths), "predict") as progress,
     ):
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
