@@ -21,6 +21,10 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; by default ru
 WORKDIRS = flags.DEFINE_list("workdirs", [], "Finished runs, and CSVs with id, label, score; separated by commas.")
 INPUTS = flags.DEFINE_multi_string("inputs", [], "Files, folders, patterns, CSVs of paths")
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write; by default WORKDIR/predict or WORKDIR/export.")
+COORDINATOR = flags.DEFINE_string("coordinator", "", "Several processes: HOST:PORT of process 0, given to all.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Several processes: how many.")
+PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Several processes: 0 ... num_processes - 1.")
+DISTRIBUTED = flags.DEFINE_enum("distributed", "off", ["off", "auto"], "auto: the three from Slurm or Open MPI.")
 # What absl, ml_collections and a broken config file raise.
 CONFIG_ERRORS = (
     flags.Error, AttributeError, ImportError, LookupError, NameError, OSError, SyntaxError, TypeError, ValueError,
@@ -39,8 +43,10 @@ def main(argv: list[str]) -> None:
     workdir = WORKDIR.value or str(pathlib.Path("runs") / (config.name if config else MODE.value))
     given = {"config": config, "data": config and config.data, "workdir": workdir, "workdirs": WORKDIRS.value}
     given |= {"inputs": INPUTS.value + argv[1:], "output": OUTPUT.value}
+    processes = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, DISTRIBUTED.value == "auto")
     try:
-        getattr(importlib.import_module(module), function)(*(given[name] for name in mode.arguments))
+        with importlib.import_module("cxa_jax.distributed").joined(*processes):
+            getattr(importlib.import_module(module), function)(*(given[name] for name in mode.arguments))
     except (UserError, OSError) as error:  # an OSError names its file: no space, no permission, no such folder
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

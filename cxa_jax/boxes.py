@@ -12,7 +12,10 @@ from cxa_jax.errors import UserError
 
 def check_boxes(boxes: ArrayLike, height: int, width: int) -> np.ndarray:
     """Return boxes as float64 [N, 4], or name the first that is empty or leaves the image by more than a pixel."""
-    boxes = np.asarray(boxes, np.float64)
+    try:
+        boxes = np.asarray(boxes, np.float64)
+    except ValueError as error:
+        raise UserError(f"boxes are not [N, 4] numbers x, y, w, h in pixels: {error}") from error
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise UserError(f"boxes have shape {boxes.shape}; needed is [N, 4] with x, y, w, h in pixels")
     x, y, w, h = boxes.T

@@ -10,11 +10,12 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from cxa_jax.array_types import PyTree
 from cxa_jax.errors import UserError
+from cxa_jax.sharding import put_replicated
 from cxa_jax.train_state import TrainState
 
 log = logging.getLogger(__name__)
@@ -95,8 +96,8 @@ class Checkpoints:
                 meta=ocp.args.JsonRestore(),
             )
             counters = {
-                "step": jax.device_put(jnp.asarray(step, jnp.int32), abstract.step.sharding),
-                "healthy": jax.device_put(jnp.ones((), bool), abstract.healthy.sharding),
+                "step": put_replicated(np.int32(step), abstract.step.sharding.mesh),
+                "healthy": put_replicated(np.bool_(True), abstract.healthy.sharding.mesh),
             }
             return TrainState(**counters, **{k: items[k] for k in ("params", "batch_stats", "opt_state")}), items[
                 "meta"

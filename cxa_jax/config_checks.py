@@ -2,6 +2,7 @@
 
 from ml_collections import ConfigDict
 
+from cxa_jax.data.augment import check_ranges
 from cxa_jax.errors import UserError
 from cxa_jax.pooling import FEATURES_ONLY
 
@@ -56,6 +57,7 @@ def check_config(config: ConfigDict, min_size: int) -> None:
         if not value >= low or (high is not None and not value <= high):  # also true of nan
             allowed = f"at least {low}" if high is None else f"from {low} to {high}"
             raise UserError(f"config.{name}={value} must be {allowed}")
+    check_ranges(config.augment)
     weight, pooling = config.train.attention_negative_weight, config.model.pooling
     if weight and pooling in FEATURES_ONLY:
         raise UserError(

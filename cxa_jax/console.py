@@ -6,6 +6,8 @@ import sys
 from absl import logging as absl_logging
 from tqdm import tqdm
 
+_quiet = False
+
 
 class _Handler(logging.Handler):
     """Prints above a progress bar instead of through it."""
@@ -23,6 +25,13 @@ def log_to_console() -> None:
     logger.addHandler(_Handler())
 
 
+def be_quiet() -> None:
+    """Show warnings alone, and no bars: another process speaks for this one."""
+    global _quiet
+    _quiet = True
+    logging.getLogger("cxa_jax").setLevel(logging.WARNING)
+
+
 def shorten_traceback(error: Exception) -> str:
     """Return an error's message in lines; of a traceback it quotes, the first and the last: what went wrong."""
     lines = [line.strip() for line in str(error).replace("\\n", "\n").splitlines() if line.strip()]
@@ -38,5 +47,5 @@ def progress_bar(total: int, description: str, *, initial: int = 0, disable: boo
         unit=unit,
         mininterval=0.2 if sys.stderr.isatty() else 30.0,
         dynamic_ncols=True,
-        disable=disable,
+        disable=disable or _quiet,
     )

@@ -14,7 +14,7 @@ from cxa_jax.console import progress_bar
 from cxa_jax.data.datasets import Split
 from cxa_jax.data.pipeline import make_eval_iterator
 from cxa_jax.predictions import ATTRIBUTES, PredictionTable
-from cxa_jax.sharding import put_batch
+from cxa_jax.sharding import own_rows, put_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,8 @@ def evaluate_split(
         outputs.append({name: np.asarray(value)[mask] for name, value in out.items()})
 
     with progress_bar(len(split.source), f"predict {split.name}", disable=not show_progress) as bar:
-        for batch in make_eval_iterator(split, batch_size=batch_size, num_threads=num_threads):
+        own = own_rows(batch_size, mesh)
+        for batch in make_eval_iterator(split, batch_size=batch_size, num_threads=num_threads, own_rows=own):
             out = eval_step(variables, put_batch(batch["image"], mesh))
             if pending is not None:  # fetched while the device works on the next batch
                 collect(*pending)

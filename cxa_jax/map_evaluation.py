@@ -12,7 +12,7 @@ from cxa_jax.heat_maps import RULES
 from cxa_jax.localization import score_controls, score_maps
 from cxa_jax.localization_table import RANDOM_WEIGHTS, LocalizationTable
 from cxa_jax.run import Run
-from cxa_jax.sharding import replicated
+from cxa_jax.sharding import put_replicated
 from cxa_jax.steps import CONTROL
 from cxa_jax.train_state import create_train_state
 
@@ -121,7 +121,7 @@ def _predict_with_random_weights(run: Run, split_name: str, rows: np.ndarray) ->
     state = create_train_state(key, run.model, run.tx, run.config.data.image_size)
     predicted = evaluate_split(
         run.eval_step,
-        jax.device_put(state.variables, replicated(run.mesh)),
+        put_replicated(state.variables, run.mesh),
         subset,
         run.mesh,
         batch_size=run.config.eval.batch_size,

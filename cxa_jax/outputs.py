@@ -12,6 +12,7 @@ from cxa_jax.array_types import PyTree
 from cxa_jax.checkpointing import Checkpoints
 from cxa_jax.classification import FIXED_THRESHOLD
 from cxa_jax.data.input_statistics import compute_input_statistics, save_input_statistics
+from cxa_jax.distributed import writable
 from cxa_jax.errors import UserError
 from cxa_jax.evaluate import Predictions, evaluate_split
 from cxa_jax.finding_metrics import write_findings
@@ -23,7 +24,14 @@ from cxa_jax.run import Run, create_run, log_run
 from cxa_jax.run_metrics import compute_run_metrics
 from cxa_jax.saved_maps import choose_rows, save_maps
 from cxa_jax.summary import format_summary
-from cxa_jax.workdir import check_same_run, describe_environment, log_to_file, to_json, write_atomically
+from cxa_jax.workdir import (
+    check_same_run,
+    describe_environment,
+    log_to_file,
+    refuse_outward_links,
+    to_json,
+    write_atomically,
+)
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +48,13 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     folder = pathlib.Path(workdir).expanduser().absolute()
     if not (folder / "checkpoints" / "best").is_dir():
         raise UserError(f"--workdir={folder} holds no checkpoint; train first: the same command with --mode=train")
-    log_to_file(folder)
+    refuse_outward_links(folder)
+    with writable(folder) as output:
+        log_to_file(output)
+        return _evaluate(config, folder, output)
+
+
+def _evaluate(config: ConfigDict, folder: pathlib.Path, output: pathlib.Path) -> dict[str, Any]:
     run = create_run(config)
     size = config.eval.image_size or config.data.image_size
     with Checkpoints(folder, "latest", read_only=True) as latest:
@@ -49,13 +63,13 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
         check_same_run(meta, config, run.dataset.fingerprint, folder)
     if size == config.data.image_size:
         log_run(run)
-        return write_outputs(run, folder, folder)
+        return write_outputs(run, folder, output)
     resized = config.copy_and_resolve_references()
     with resized.unlocked():
         resized.data.image_size = size
     run = create_run(resized)
     log_run(run)
-    output = folder / f"eval_{size}"
+    output = output / f"eval_{size}"
     output.mkdir(exist_ok=True)
     return write_outputs(run, folder, output)
 

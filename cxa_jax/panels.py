@@ -155,6 +155,7 @@ def _write(
     """Write one line, cut with '...' where it would leave `width` px."""
     font = _load_font(size)
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")  # a file's name may be no text
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)  # a file's name may hold a line's end
     room = width - (corner[0] if width == draw.im.size[0] else 0)
     if draw.textlength(text, font) > room:
         while text and draw.textlength(text + "...", font) > room:

@@ -19,6 +19,7 @@ from cxa_jax.config_checks import check_config
 from cxa_jax.data.augment import find_value_range
 from cxa_jax.data.datasets import Dataset, describe_splits, load_dataset, shared_patients
 from cxa_jax.data.pipeline import epoch_labels
+from cxa_jax.distributed import first_alone
 from cxa_jax.errors import UserError
 from cxa_jax.findings import encode_findings
 from cxa_jax.losses import compute_class_weights, create_loss
@@ -26,7 +27,7 @@ from cxa_jax.models import CardioXAttentionNet, create_model
 from cxa_jax.models.keras_import import KERAS_PREPROCESSING, load_keras_weights
 from cxa_jax.models.torch_import import load_torch_weights
 from cxa_jax.optimizer import create_optimizer
-from cxa_jax.sharding import check_batch_size, create_mesh, replicated, split
+from cxa_jax.sharding import check_batch_size, create_mesh, fetchable, put_replicated, replicated
 from cxa_jax.steps import INIT, make_eval_step, make_train_step
 from cxa_jax.train_state import TrainState, create_train_state
 
@@ -71,7 +72,7 @@ class Run:
                 params=state.params | {"backbone": imported["params"]},
                 batch_stats=state.batch_stats | {"backbone": imported["batch_stats"]},
             )
-        return jax.device_put(state, replicated(self.mesh))
+        return put_replicated(state, self.mesh)
 
     def select_inputs(self, batch: Batch) -> dict[str, Any]:
         """Return what the train step takes of a training batch, with the findings if the network has a map for each."""
@@ -120,7 +121,9 @@ def create_run(config: ConfigDict, dataset: Dataset | None = None) -> Run:
     check_batch_size("config.eval.batch_size", config.eval.batch_size, mesh)
     model = create_model(config.model, remat=config.train.remat)
     check_config(config, model.backbone.min_size)
-    dataset = dataset or load_dataset(config.data)
+    if dataset is None:
+        with first_alone("data"):  # prepared and indexed once
+            dataset = load_dataset(config.data)
     if config.model.labels == "findings" and dataset.name != "chestxray14":
         raise UserError(
             f"config.model.labels='findings' needs ChestX-ray14 and its fourteen findings; these data ({dataset.name}) "
@@ -151,7 +154,7 @@ def create_run(config: ConfigDict, dataset: Dataset | None = None) -> Run:
         normalization=normalization,
         class_weights=weights,
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=replicated(mesh)),
-        eval_step=jax.jit(eval_step, out_shardings=split(mesh)),
+        eval_step=jax.jit(eval_step, out_shardings=fetchable(mesh)),
     )
 
 
@@ -165,7 +168,8 @@ def choose_normalization(config: ConfigDict) -> str:
 def log_run(run: Run) -> None:
     """Log devices, data and parameters."""
     devices = run.mesh.devices.flat
-    log.info("devices: %d x %s (%s)", run.mesh.size, devices[0].device_kind, jax.default_backend())
+    log.info("devices: %d x %s (%s) of %d process(es)", run.mesh.size, devices[0].device_kind, jax.default_backend(),
+             jax.process_count())  # fmt: skip
     log.info("data: %s", run.dataset.description)
     log.info("%s", describe_splits(run.dataset))
     shared = ", ".join(f"{a}/{b} {count}" for (a, b), count in shared_patients(run.dataset).items())

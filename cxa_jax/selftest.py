@@ -44,7 +44,7 @@ def selftest() -> dict[str, float]:
     """
     started, device = time.monotonic(), jax.devices()[0]
     tolerance = TOLERANCES.get(device.platform, ACCELERATOR_TOLERANCE)
-    with np.load(VALUES) as stored:
+    with np.load(VALUES, allow_pickle=False) as stored:
         values = dict(stored)
     log.info("device: %s (%s); tolerance %g, absolute", device.device_kind, device.platform, tolerance)
     differences = {"phantoms, grey levels": _differ(draw_images(), values["images"])}

@@ -1,4 +1,4 @@
-"""One mesh over all devices: batches split along it, everything else replicated."""
+"""One mesh over all devices of all processes: batches split along it, everything else replicated."""
 
 import math
 from collections.abc import Sequence
@@ -32,9 +32,38 @@ def split(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
+def fetchable(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of outputs [B, ...] that every process fetches: whole where other processes hold rows."""
+    return replicated(mesh) if jax.process_count() > 1 else split(mesh)
+
+
+def own_rows(batch_size: int, mesh: Mesh) -> np.ndarray | None:
+    """Return the rows of a batch that this process' devices take, ascending; None where they take all."""
+    if jax.process_count() == 1:
+        return None
+    slices = split(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.sort(np.concatenate([np.arange(batch_size)[rows] for rows in slices]))
+
+
 def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
-    """Copy a host batch to the devices, without waiting."""
-    return jax.device_put(batch, split(mesh))
+    """Copy a host batch to the devices, without waiting; of several processes each copies its own rows."""
+    return _put(batch, split(mesh))
+
+
+def put_replicated(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Copy arrays, the same in every process, to all devices."""
+    return _put(tree, replicated(mesh))
+
+
+def _put(tree: PyTree, sharding: NamedSharding) -> PyTree:
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def put(leaf: jax.Array | np.ndarray) -> jax.Array:  # device_put would compare all values among the processes
+        values = np.asarray(leaf)
+        return jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
+
+    return jax.tree.map(put, tree)
 
 
 def check_batch_size(field: str, batch_size: int, mesh: Mesh) -> None:

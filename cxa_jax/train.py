@@ -16,6 +16,7 @@ from cxa_jax.array_types import Batch
 from cxa_jax.checkpointing import Checkpoints
 from cxa_jax.console import progress_bar
 from cxa_jax.data.pipeline import make_train_iterator, steps_per_epoch
+from cxa_jax.distributed import writable
 from cxa_jax.errors import UserError
 from cxa_jax.evaluate import compute_loss, evaluate_split
 from cxa_jax.metric_writer import MetricWriter, write_history
@@ -24,7 +25,7 @@ from cxa_jax.outputs import write_outputs
 from cxa_jax.progress import Progress
 from cxa_jax.run import Run, create_run, log_run
 from cxa_jax.runtime import check_compute_type
-from cxa_jax.sharding import put_batch, replicated
+from cxa_jax.sharding import own_rows, put_batch, put_replicated
 from cxa_jax.train_state import TrainState
 from cxa_jax.warm_up import compiling_train_step
 from cxa_jax.workdir import (
@@ -52,15 +53,22 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
     """
     check_compute_type(config.model.dtype)
     folder = open_workdir(workdir)
-    log_to_file(folder)
-    run = create_run(config)
-    log_run(run)
+    with writable(folder) as output:
+        log_to_file(output)
+        run = create_run(config)
+        log_run(run)
+        train(run, folder, output)
+        return write_outputs(run, folder, output)
+
+
+def train(run: Run, folder: pathlib.Path, output: pathlib.Path) -> None:
+    """Train to the config's end, from where the checkpoints of `folder` stand; other files are written to `output`."""
     with Checkpoints(folder, "latest", num_kept=2) as latest, Checkpoints(folder, "best") as best:
-        state, progress, iterator = start_or_resume(run, folder, latest)
+        state, progress, iterator = start_or_resume(run, output, latest)
         if progress.epoch == 0:
-            figures.save_augmentation_grid(run, folder / "augmentation.png")
-        with MetricWriter(folder, first_step=int(state.step) + 1, data=run.dataset.description) as writer:
-            while progress.epoch < config.train.num_epochs and not progress.early_stop.stop:
+            figures.save_augmentation_grid(run, output / "augmentation.png")
+        with MetricWriter(output, first_step=int(state.step) + 1, data=run.dataset.description) as writer:
+            while progress.epoch < run.config.train.num_epochs and not progress.early_stop.stop:
                 state, progress = train_epoch(run, state, progress, iterator, latest)
                 progress = end_epoch(run, state, progress)
                 if progress.best_step == int(state.step):
@@ -68,7 +76,6 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
                     best.wait()  # the best is on disk before a newer latest can point to it
                 writer.write(list(progress.history))  # first: a cut between the two writes the same row again
                 latest.save(state, make_meta(run, progress, iterator))
-    return write_outputs(run, folder, folder)
 
 
 def start_or_resume(run: Run, folder: pathlib.Path, latest: Checkpoints) -> tuple[TrainState, Progress, Any]:
@@ -83,8 +90,9 @@ def start_or_resume(run: Run, folder: pathlib.Path, latest: Checkpoints) -> tupl
     append_environment(folder, run.dataset.name)
     restored = latest.restore(run.abstract_state) if meta else None
     split, size = run.dataset.splits["train"], run.config.train.batch_size
+    options = {"batch_size": size, "seed": run.config.seed, "own_rows": own_rows(size, run.mesh)}
     if restored is None:
-        iterator = make_train_iterator(split, run.config.data, batch_size=size, seed=run.config.seed)
+        iterator = make_train_iterator(split, run.config.data, **options)
         with compiling_train_step(run):
             state = run.create_state()
         return state, Progress(), iterator
@@ -95,7 +103,7 @@ def start_or_resume(run: Run, folder: pathlib.Path, latest: Checkpoints) -> tupl
     if any(change.startswith(("data ", "config.data.", "config.train.")) for change in changes):
         progress = progress.forget_best()  # dev values from before and after cannot be compared
     position = progress.epoch * steps_per_epoch(split, run.config.data, size) + progress.epoch_step
-    iterator = make_train_iterator(split, run.config.data, batch_size=size, seed=run.config.seed, start_step=position)
+    iterator = make_train_iterator(split, run.config.data, **options, start_step=position)
     if not changes:
         iterator.set_state(json.loads(meta["iterator"]))
     write_history(folder / "metrics.csv", list(progress.history))
@@ -126,7 +134,7 @@ def train_epoch(
     """
     train, pending = run.config.train, None
     num_steps = steps_per_epoch(run.dataset.splits["train"], run.config.data, train.batch_size)
-    rate_scale = jax.device_put(np.float32(progress.plateau.scale), replicated(run.mesh))
+    rate_scale = put_replicated(np.float32(progress.plateau.scale), run.mesh)
     title = f"epoch {progress.epoch + 1}/{train.num_epochs}"
     started = progress.epoch_step * train.batch_size
     if progress.epoch_step == num_steps:

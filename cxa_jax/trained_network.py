@@ -23,7 +23,7 @@ from cxa_jax.pooling import FEATURES_ONLY
 from cxa_jax.run import choose_normalization
 from cxa_jax.sharding import create_mesh, replicated, split
 from cxa_jax.steps import make_eval_step
-from cxa_jax.workdir import flatten_config
+from cxa_jax.workdir import flatten_config, refuse_outward_links
 
 COMPUTATION_FIELDS = ("model.remat",)  # of older runs: how the network was computed, not what it is
 
@@ -84,6 +84,7 @@ def load_trained_network(workdir: str, implementation: str = "") -> TrainedNetwo
     folder = pathlib.Path(workdir).expanduser().absolute()
     if not (folder / "checkpoints" / "best").is_dir() or not (folder / "config.json").is_file():
         raise UserError(f"--workdir={folder} holds no trained run (config.json and checkpoints/best); train one first")
+    refuse_outward_links(folder)
     config = read_run_config(folder)
     if implementation:
         config.model.implementation = implementation
@@ -91,7 +92,11 @@ def load_trained_network(workdir: str, implementation: str = "") -> TrainedNetwo
     model = create_model(config.model).clone(value_range=find_value_range(normalization))
     variables, meta = _restore(folder, model, mesh, config.data.image_size)
     metrics = read_metrics(folder)
-    threshold, origin, calibration = _read_decision(metrics, meta["progress"]["best_step"])
+    try:
+        threshold, origin, calibration = _read_decision(metrics, meta["progress"]["best_step"])
+        is_phantom = bool(metrics["phantom"]) if metrics else config.data.name == "chest_phantom"
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}/metrics.json is damaged ({error!r}); --mode=evaluate writes it again") from error
     return TrainedNetwork(
         folder=folder,
         config=config.lock(),
@@ -104,7 +109,7 @@ def load_trained_network(workdir: str, implementation: str = "") -> TrainedNetwo
         threshold=threshold,
         threshold_origin=origin,
         calibration=calibration,
-        is_phantom=metrics["phantom"] if metrics else config.data.name == "chest_phantom",
+        is_phantom=is_phantom,
     )
 
 
@@ -117,23 +122,42 @@ def read_run_config(folder: pathlib.Path) -> ConfigDict:
     path = folder / "config.json"
     try:
         stored = ConfigDict(json.loads(path.read_text(encoding="utf-8")))
-        config = common.get_config(stored.name, stored.model.backbone)
-    except (AttributeError, TypeError, ValueError) as error:
+        config = common.get_config(str(stored.name), stored.model.backbone)
+        fields = flatten_config(stored)
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     known = flatten_config(config)
-    for field, value in flatten_config(stored).items():
+    for field, value in fields.items():
         if field in known:
-            value = tuple(value) if isinstance(value, list) else value
-            config.update_from_flattened_dict({field: value})
+            _set_field(path, config, field, value)
         elif field.startswith("model.") and field not in COMPUTATION_FIELDS:
             raise UserError(f"{path}: config.{field} is none of this version's; use the version that trained the run")
     return config
 
 
+def _set_field(path: pathlib.Path, config: ConfigDict, field: str, value: Any) -> None:
+    try:
+        config.update_from_flattened_dict({field: tuple(value) if isinstance(value, list) else value})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: config.{field}={value!r}: {error}") from error
+
+
 def read_metrics(folder: pathlib.Path) -> dict[str, Any] | None:
-    """Return `folder`/metrics.json, or None if the run was not evaluated yet."""
+    """Return `folder`/metrics.json, or None if the run was not evaluated yet.
+
+    Raises:
+      UserError: the file is damaged.
+    """
     path = folder / "metrics.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}; --mode=evaluate writes it again") from error
+    if not isinstance(metrics, dict):
+        raise UserError(f"{path} is damaged: no JSON object; --mode=evaluate writes it again")
+    return metrics
 
 
 def _restore(folder: pathlib.Path, model: CardioXAttentionNet, mesh: Mesh, size: int) -> tuple[PyTree, dict[str, Any]]:

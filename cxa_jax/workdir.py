@@ -86,12 +86,28 @@ def open_workdir(workdir: str | os.PathLike) -> pathlib.Path:
         raise UserError(f"--workdir={path} cannot be created: {error.strerror}") from error
     if not os.access(path, os.W_OK):
         raise UserError(f"--workdir={path} cannot be written; choose another")
+    refuse_outward_links(path)
     return path
+
+
+def refuse_outward_links(folder: pathlib.Path) -> None:
+    """Refuse a folder in which a link leads out of it: a workdir from elsewhere must not write over one's own files.
+
+    The folder itself may be a link.
+
+    Raises:
+      UserError: names the first link.
+    """
+    root = folder.resolve()
+    for place, folders, files in os.walk(folder):
+        for path in (pathlib.Path(place, name) for name in (*folders, *files)):
+            if path.is_symlink() and not pathlib.Path(os.path.realpath(path)).is_relative_to(root):
+                raise UserError(f"{path} is a link out of {folder}; put what it leads to in its place, or delete it")
 
 
 def log_to_file(workdir: pathlib.Path) -> None:
     """Append the package's log to `workdir`/log.txt, besides the console."""
-    handler = logging.FileHandler(workdir / "log.txt", encoding="utf-8")
+    handler = logging.FileHandler(workdir / "log.txt", encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("cxa_jax")
     for other in [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]:

@@ -113,7 +113,7 @@ def augment(keys: jax.Array, images: jax.Array, augment_config: ConfigDict) -> j
     """
     if not augment_config.enabled:
         return images
-    _check_ranges(augment_config)
+    check_ranges(augment_config)
 
     def augment_one(key: jax.Array, image: jax.Array) -> jax.Array:
         warped = warp(image, sample_affine(key, augment_config, image.shape[:2]))
@@ -219,7 +219,8 @@ def _check_method(method: str) -> None:
         raise UserError(f"Unknown normalisation '{method}'; choose one of {', '.join(NORMALIZATIONS)}.")
 
 
-def _check_ranges(config: ConfigDict) -> None:
+def check_ranges(config: ConfigDict) -> None:
+    """Raise UserError if a range of config.augment makes no sense."""
     for name, limit in (("shift", 1), ("rotation_deg", 360), ("shear_deg", 90), ("zoom", 1)):
         if not 0 <= config[name] < limit:
             raise UserError(f"config.augment.{name} is {config[name]}; it must be at least 0 and below {limit}.")

@@ -14,6 +14,8 @@ from pydicom.uid import RLELossless
 
 from cxa_jax.errors import UserError
 
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its log, like its warnings, quotes values
+
 RADIOGRAPHS = ("CR", "DX", "DR", "RG", "RF", "XA")  # modalities that a projection X-ray may carry
 FRONTAL_VIEWS = ("AP", "PA", "")
 NOT_RADIOGRAPH = "its DICOM modality is not that of an X-ray"
@@ -68,6 +70,8 @@ def read_dicom(path: str | os.PathLike) -> tuple[np.ndarray, str, tuple[str, ...
             raise
         except _DAMAGE as error:
             raise UserError(f"{path}: its DICOM tags or pixels are damaged ({type(error).__name__})") from None
+    if 0 in values.shape or values.ndim != (3 if photometric in _COLOUR else 2) or values.shape[2:] not in ((), (3,)):
+        raise UserError(f"{path}: its DICOM tags and pixels contradict each other")
     if values.dtype != np.uint8:
         raise UserError(f"{path}: DICOM colour of more than 8 bits is not read")
     return values, mode, notes

@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import math
 import pathlib
 import re
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ SPLIT_NAMES = {"train": "train", "training": "train", "dev": "dev", "val": "dev"
                "test": "test", "testing": "test"}  # fmt: skip
 COLUMNS = ("path", "label", "patient", "split", "boxes", "view", "sex", "age")
 UNKNOWN_AGE = -1
+MAX_AGE = 150
 
 
 class Row(NamedTuple):
@@ -140,7 +142,7 @@ def _parse(root: pathlib.Path, values: dict[str, str], options: ConfigDict, in_f
     labels = _class_labels(options) | {"1": 1, "0": 0}
     image_id, split = pathlib.PurePath(values["path"]).as_posix(), _fold(values.get("split", ""))
     path = root / values["path"]
-    if not values["path"] or not path.is_file():
+    if not values["path"] or not _is_file(path):
         raise ValueError(f"there is no file {path}")
     if in_folders is None and _fold(values["label"]) not in labels:
         raise ValueError(f"label {values['label']!r} is none of {', '.join(labels)}")
@@ -149,7 +151,7 @@ def _parse(root: pathlib.Path, values: dict[str, str], options: ConfigDict, in_f
     if split and split not in SPLIT_NAMES:
         raise ValueError(f"split {values['split']!r} is none of {', '.join(SPLIT_NAMES)}")
     boxes = tuple(_parse_box(text) for text in values.get("boxes", "").split(";") if text.strip())
-    age = int(float(values["age"])) if values.get("age") else UNKNOWN_AGE
+    age = _parse_age(values.get("age", ""))
     return Row(
         id=image_id,
         path=path,
@@ -165,9 +167,23 @@ def _parse(root: pathlib.Path, values: dict[str, str], options: ConfigDict, in_f
 
 def _parse_box(text: str) -> tuple[float, ...]:
     numbers = tuple(float(number) for number in text.split())
-    if len(numbers) != 4 or min(numbers[2:]) <= 0:
+    if len(numbers) != 4 or not all(map(math.isfinite, numbers)) or min(numbers[2:]) <= 0:
         raise ValueError(f"box {text.strip()!r} is not `x y w h` in px; several are separated by ;")
     return numbers
+
+
+def _parse_age(text: str) -> int:
+    years = float(text) if text else UNKNOWN_AGE
+    if years != UNKNOWN_AGE and not 0 <= years <= MAX_AGE:  # also true of nan
+        raise ValueError(f"age {text!r} is not a number of years from 0 to {MAX_AGE}")
+    return int(years)
+
+
+def _is_file(path: pathlib.Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long to be one
+        return False
 
 
 def _class_labels(options: ConfigDict) -> dict[str, int]:

@@ -195,7 +195,11 @@ def _draw(rows: list[Row], fraction: float, seed: int, name: str, field: str) ->
 def _read(data_config: ConfigDict) -> list[Row]:
     if not data_config.manual_dir:
         raise UserError("config.data.manual_dir is empty; config.data.name=image_folder needs the folder of the images")
-    return read_rows(pathlib.Path(data_config.manual_dir).expanduser(), data_config.folder)
+    rows = read_rows(pathlib.Path(data_config.manual_dir).expanduser(), data_config.folder)
+    for row in rows:
+        if not row.id.isprintable():  # bytes that are no text, or a line's end
+            raise UserError(f"{row.id!r} below config.data.manual_dir has letters that cannot be printed; rename it")
+    return rows
 
 
 def _describe(parts: dict[str, list[Row]]) -> dict[str, Any]:

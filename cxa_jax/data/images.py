@@ -5,6 +5,7 @@ import itertools
 import os
 import pathlib
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -22,9 +23,11 @@ _RANGE_BITS = (8, 12, 16)  # what scanners and exporters put into a 16-bit file
 UPRIGHT = 1  # EXIF's orientation
 _CHUNK = 8  # images a task: large enough to hide the hand-over, small enough to bound memory
 _COLOUR_SHARE, _COLOUR_LEVELS = 0.01, 16  # colour is more than this share of pixels with channels this far apart
-# What Pillow and its decoders raise for files that are cut or altered.
-_UNREADABLE = (AttributeError, EOFError, IndexError, KeyError, OSError, OverflowError, SyntaxError, TypeError,
-               ValueError, struct.error, zlib.error, Image.DecompressionBombError)  # fmt: skip
+# What Pillow's decoders raise for files that are cut, altered, or made to hurt: they trust what a file says.
+_UNREADABLE = (
+    OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, AttributeError, AssertionError, ArithmeticError,
+    MemoryError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 
 class GreyImage(NamedTuple):
@@ -158,8 +161,12 @@ def _load_or_complain(path: pathlib.Path, size: int) -> GreyImage | str:
 @contextlib.contextmanager
 def _open_image(path: str | os.PathLike) -> Iterator[Image.Image]:
     try:
-        with Image.open(path) as image:
-            yield image
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's: of damage that it passes over, and of large images
+            with Image.open(path) as image:
+                yield image
+    except UserError:  # itself a ValueError
+        raise
     except _UNREADABLE as error:
         raise UserError(f"{os.fspath(path)}: cannot be read as an image ({error})") from error
 

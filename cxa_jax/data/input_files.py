@@ -4,6 +4,7 @@ import collections
 import csv
 import glob
 import logging
+import os
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -44,12 +45,16 @@ def list_inputs(arguments: Sequence[str]) -> list[pathlib.Path]:
 
 
 def _expand(argument: str) -> Iterator[pathlib.Path]:
-    path = pathlib.Path(argument).expanduser()
-    if path.is_dir():
+    path = pathlib.Path(os.path.expanduser(argument))  # pathlib's own raises where there is no such user
+    try:
+        is_folder, is_there = path.is_dir(), path.exists()
+    except OSError:  # a name too long to be one: reading it says so
+        is_folder, is_there = False, True
+    if is_folder:
         yield from list_folder(path)
     elif path.suffix.lower() == ".csv":
         yield from _read_list(path)
-    elif not path.exists() and glob.has_magic(argument):
+    elif not is_there and glob.has_magic(argument):
         for match in map(pathlib.Path, sorted(glob.glob(str(path), recursive=True))):
             yield from list_folder(match) if match.is_dir() else [match]
     else:
@@ -82,4 +87,4 @@ def _read_list(path: pathlib.Path) -> Iterator[pathlib.Path]:
     if not rows or not all(row.get("path") for row in rows):
         raise UserError(f"{path} needs a column `path` with a path in every row")
     for row in rows:
-        yield path.parent / pathlib.Path(row["path"]).expanduser()
+        yield path.parent / os.path.expanduser(row["path"])

@@ -81,7 +81,13 @@ class EpochSchedule:
 
 
 def make_train_iterator(
-    split: Split, data_config: ConfigDict, *, batch_size: int, seed: int, start_step: int = 0
+    split: Split,
+    data_config: ConfigDict,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    own_rows: np.ndarray | None = None,
 ) -> grain.DatasetIterator:
     """Create the endless iterator over training batches.
 
@@ -91,6 +97,8 @@ def make_train_iterator(
       batch_size: B.
       seed: draws the order (and the negatives of 'balanced').
       start_step: first step to deliver; as cheap as the first.
+      own_rows: rows of each batch whose images are read, the others are zeros: those of this process where several
+        train one network; None reads all.
 
     Returns:
       A grain iterator over Batch dicts of numpy arrays. `get_state()` is a JSON-able dict; `set_state(state)` continues
@@ -100,7 +108,7 @@ def make_train_iterator(
       UserError: if the split is empty, or a field of the config makes no sense.
     """
     schedule = _create_schedule(split, data_config, batch_size, seed)
-    dataset = grain.MapDataset.source(schedule).map(functools.partial(_read_batch, split))
+    dataset = grain.MapDataset.source(schedule).map(functools.partial(_read_batch, split, own_rows))
     iterator = iter(dataset.to_iter_dataset(_read_options(data_config.num_threads)))
     iterator.set_state(iterator.get_state() | {"next_index": start_step})
     return iterator
@@ -117,13 +125,16 @@ def epoch_labels(split: Split, data_config: ConfigDict) -> np.ndarray:
     return np.repeat([1, 0], [schedule.num_positives, schedule.num_images - schedule.num_positives])
 
 
-def make_eval_iterator(split: Split, *, batch_size: int, num_threads: int) -> grain.DatasetIterator:
+def make_eval_iterator(
+    split: Split, *, batch_size: int, num_threads: int, own_rows: np.ndarray | None = None
+) -> grain.DatasetIterator:
     """Create the iterator over a split in row order, each image exactly once.
 
     Args:
       split: the images.
       batch_size: B; the last batch is padded to it with zeros, mask False, index -1.
       num_threads: reader threads; 0 reads in the caller's.
+      own_rows: as of `make_train_iterator`.
 
     Returns:
       A grain iterator over ceil(N / B) Batch dicts of numpy arrays.
@@ -138,16 +149,21 @@ def make_eval_iterator(split: Split, *, batch_size: int, num_threads: int) -> gr
         rows = step * batch_size + np.arange(batch_size)
         return np.where(rows < num_images, rows, PADDING), rows < num_images
 
-    dataset = grain.MapDataset.range(-(-num_images // batch_size)).map(rows_of)
-    return iter(dataset.map(functools.partial(_read_batch, split)).to_iter_dataset(_read_options(num_threads)))
+    steps = grain.MapDataset.range(-(-num_images // batch_size)).map(rows_of)
+    dataset = steps.map(functools.partial(_read_batch, split, own_rows))
+    return iter(dataset.to_iter_dataset(_read_options(num_threads)))
 
 
-def _read_batch(split: Split, rows_and_mask: tuple[np.ndarray, np.ndarray]) -> Batch:
+def _read_batch(split: Split, own_rows: np.ndarray | None, rows_and_mask: tuple[np.ndarray, np.ndarray]) -> Batch:
     rows, mask = rows_and_mask
-    images = np.stack([split.read_image(int(row)) for row in rows if row != PADDING])
-    if len(images) < len(rows):
-        padding = np.zeros((len(rows) - len(images), *images.shape[1:]), images.dtype)
-        images = np.concatenate([images, padding])
+    wanted = rows != PADDING
+    if own_rows is not None:
+        wanted &= np.isin(np.arange(len(rows)), own_rows)
+    found = [split.read_image(int(row)) for row in rows[wanted]]
+    example = found[0] if found else split.read_image(int(rows[0]))  # of an end that leaves this process padding alone
+    images = np.zeros((len(rows), *example.shape), example.dtype)
+    if found:
+        images[wanted] = found
     labels = np.where(rows == PADDING, 0, split.index["label"][rows])
     return Batch(image=images, label=labels.astype(np.int32), mask=mask, index=rows.astype(np.int32))
 

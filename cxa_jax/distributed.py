@@ -1,0 +1,161 @@
+"""Several processes as one run: join them, let the first alone write, and end all when one of them is gone.
+
+Every process runs the same program on its own devices and ends with the same numbers. Process 0 prepares data and
+writes files; the others write theirs to a folder that goes away.
+"""
+
+import contextlib
+import os
+import pathlib
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src import distributed as jax_distributed  # its barrier waits without the devices' time limits
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from cxa_jax.console import be_quiet
+from cxa_jax.errors import UserError
+
+HEARTBEAT_TIMEOUT_S = 60  # a process that is silent for so long is taken for dead
+START_TIMEOUT_S = 300
+PREPARATION_TIMEOUT_S = 24 * 3600
+LOST = "another process of this run is gone (its own message says why); start all of them again: they go on from the "
+LOST += "last checkpoint"
+
+SIGNS_OF_LOSS = ("Gloo", "NCCL", "Barrier failed", "heartbeat", "coordination service", "UNAVAILABLE", "closed by peer")
+
+
+@contextlib.contextmanager
+def joined(coordinator: str, num_processes: int, process_id: int, auto: bool) -> Iterator[None]:
+    """Make this process one of several for the block, or none at all where nothing asks for it.
+
+    Any end of the block but a good one ends the process at once, so that the others do not wait for it.
+
+    Args:
+      coordinator: HOST:PORT of process 0; '' with `auto` or for a single process.
+      num_processes: how many there are; 0 if not given.
+      process_id: 0 ... num_processes - 1; -1 if not given.
+      auto: take all three from Slurm, Open MPI or the TPU's environment.
+
+    Raises:
+      UserError: the three do not go together, or the others do not come within START_TIMEOUT_S.
+    """
+    if not _check(coordinator, num_processes, process_id, auto):
+        yield
+        return
+    _initialize({} if auto else dict(zip(("coordinator_address", "num_processes", "process_id"),
+                                         (coordinator, num_processes, process_id), strict=True)))  # fmt: skip
+    try:
+        yield
+    except SystemExit as end:
+        if end.code not in (0, None):
+            _leave(end.code)
+    except (UserError, OSError) as error:
+        _leave(f"error: {error}")
+    except BaseException as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in SIGNS_OF_LOSS):
+            _leave(f"error: {LOST}\n  ({str(error).splitlines()[0][:200]})")
+        sys.excepthook(*sys.exc_info())
+        _leave(1)
+    barrier("end", PREPARATION_TIMEOUT_S)  # the first writes, the others wait for it here and not at its end
+
+
+def is_first() -> bool:
+    """Tell whether this process prepares, writes and speaks for all."""
+    return jax_distributed.global_state.process_id == 0
+
+
+def barrier(name: str, timeout_s: int = START_TIMEOUT_S) -> None:
+    """Return when every process is here; `name` is new each time. Nothing to wait for in a single process."""
+    if jax.distributed.is_initialized():
+        jax_distributed.global_state.client.wait_at_barrier(f"cxa_jax/{name}", timeout_s * 1000)
+
+
+@contextlib.contextmanager
+def first_alone(name: str) -> Iterator[None]:
+    """Run the block in process 0, then in the others, which find what it left on disk."""
+    if not is_first():
+        barrier(name, PREPARATION_TIMEOUT_S)
+    yield
+    if is_first():
+        barrier(name, PREPARATION_TIMEOUT_S)
+
+
+@contextlib.contextmanager
+def writable(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield where this process may write: `folder` for process 0; a folder that goes away for the others.
+
+    So all processes run the same lines, and no step that takes all of them is ever run by some.
+    """
+    if is_first():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="cxa_jax_") as scratch:
+        yield pathlib.Path(scratch)
+
+
+def _check(coordinator: str, num_processes: int, process_id: int, auto: bool) -> bool:
+    """Return whether several processes are asked for."""
+    given = bool(coordinator), num_processes > 0, process_id >= 0
+    if auto:
+        if any(given):
+            raise UserError("--distributed=auto finds --coordinator, --num_processes and --process_id by itself")
+        return True
+    if not any(given):
+        return False
+    if not all(given) or process_id >= num_processes:
+        raise UserError(
+            f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}: all three are "
+            "needed, the last from 0 to num_processes - 1"
+        )
+    host, colon, port = coordinator.rpartition(":")
+    if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
+        raise UserError(f"--coordinator={coordinator} is not HOST:PORT, such as node1:29400")
+    return True
+
+
+def _initialize(arguments: dict[str, Any]) -> None:
+    jax.config.update("jax_enable_preemption_service", False)  # it swallows SIGTERM
+    try:
+        jax.distributed.initialize(
+            **arguments, initialization_timeout=START_TIMEOUT_S, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [repr(error)])[0][:300]
+        raise UserError(f"the processes of this run did not come together: {reason}") from error
+    if not is_first():
+        be_quiet()
+        threading.Thread(target=_watch_first, daemon=True).start()
+    # On CPUs the devices must connect within 30 s of each other: now, not when one has compiled long before the other.
+    mesh = Mesh(np.asarray(jax.devices()), ("data",))
+    ones = np.ones(len(jax.devices()), np.float32)
+    connect = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    connect(jax.make_array_from_callback(ones.shape, sharding, ones.__getitem__)).block_until_ready()
+
+
+def _watch_first() -> None:
+    """Speak before jax does when process 0 is gone: its way is an abort with a stack of C++."""
+    while True:
+        try:
+            jax_distributed.global_state.client.blocking_key_value_get("cxa_jax/never", 3600 * 1000)
+        except AttributeError:  # this process has left
+            return
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error) and jax.distributed.is_initialized():
+                _leave(f"error: {LOST}")
+
+
+def _leave(code: int | str) -> NoReturn:
+    """End without jax's farewell, which waits for processes that may be gone."""
+    if isinstance(code, str):
+        sys.stderr.write(f"{code}\n")
+    sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(code if isinstance(code, int) else 1)

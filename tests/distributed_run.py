@@ -1,0 +1,82 @@
+"""Program: one process of a tiny run; the flags are launch.py's. Run by test_distributed.py.
+
+With --images=FILE it writes there which images of batches this process read, a line each: SPLIT ROW. With
+--die_in_epoch=N it kills itself when the Nth has trained.
+"""
+
+import argparse
+import os
+import pathlib
+import signal
+import sys
+
+import jax
+import jax.numpy as jnp
+import tiny
+
+from cxa_jax import figures
+from cxa_jax import run as run_module
+from cxa_jax.console import log_to_console
+from cxa_jax.data import pipeline
+from cxa_jax.data.datasets import Split
+from cxa_jax.distributed import joined
+from cxa_jax.models.cxa import CardioXAttentionNet
+from cxa_jax.train_state import create_train_state
+
+
+def compute_in_double() -> None:
+    """Train in float64, where anything but rounding shows; the six small steps of an epoch magnify float32's."""
+
+    def create_model(config, *, remat=False):
+        return CardioXAttentionNet(tiny.BACKBONES["tiny"](dtype=jnp.float64, implementation="fused"))
+
+    def to_double(leaf):
+        return leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf
+
+    def create_state(*args, **kwargs):
+        return jax.tree.map(to_double, create_train_state(*args, **kwargs))
+
+    run_module.create_model, run_module.create_train_state = create_model, create_state
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--coordinator", default="")
+    parser.add_argument("--num_processes", type=int, default=0)
+    parser.add_argument("--process_id", type=int, default=-1)
+    parser.add_argument("--num_epochs", type=int, default=2)
+    parser.add_argument("--images")
+    parser.add_argument("--die_in_epoch", type=int, default=0)
+    arguments = parser.parse_args()
+    log_to_console()
+    reads, read_image = [], Split.read_image
+
+    def noting_read(self: Split, row: int):
+        if sys._getframe(1).f_code.co_filename == pipeline.__file__:  # of a batch, not of a picture or statistics
+            reads.append(f"{self.name} {row}")
+        return read_image(self, row)
+
+    Split.read_image = noting_read
+    figures.save_augmentation_grid = lambda run, path: None  # it reads batches of its own
+    run_module.load_dataset = lambda config: tiny.make_dataset()
+    if jax.config.jax_enable_x64:
+        compute_in_double()
+    with joined(arguments.coordinator, arguments.num_processes, arguments.process_id, auto=False):
+        from cxa_jax import train
+
+        end_epoch = train.end_epoch
+
+        def dying_end_epoch(run, state, progress):
+            if progress.epoch + 1 == arguments.die_in_epoch:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return end_epoch(run, state, progress)
+
+        train.end_epoch = dying_end_epoch
+        train.train_and_evaluate(tiny.make_config(**{"train.num_epochs": arguments.num_epochs}), arguments.workdir)
+        if arguments.images:
+            pathlib.Path(arguments.images).write_text("\n".join(reads))
+
+
+if __name__ == "__main__":
+    main()
