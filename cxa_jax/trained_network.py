@@ -136,6 +136,8 @@ def read_run_config(folder: pathlib.Path) -> ConfigDict:
 
 
 def _set_field(path: pathlib.Path, config: ConfigDict, field: str, value: Any) -> None:
+    if value is None:  # no field's value; a ConfigDict would take it
+        raise UserError(f"{path} is damaged: config.{field} is null")
     try:
         config.update_from_flattened_dict({field: tuple(value) if isinstance(value, list) else value})
     except (AttributeError, KeyError, TypeError, ValueError) as error:

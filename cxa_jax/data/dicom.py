@@ -2,6 +2,7 @@
 
 import logging
 import os
+import struct
 import warnings
 
 import numpy as np
@@ -35,8 +36,8 @@ _TAGS = [
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 # What pydicom and its plugins raise for pixels or display tags that are cut, altered or contradictory.
-_DAMAGE = (AttributeError, BytesLengthException, EOFError, IndexError, KeyError, NotImplementedError, OSError,
-           OverflowError, RuntimeError, TypeError, ValueError)  # fmt: skip
+_DAMAGE = (ArithmeticError, AssertionError, AttributeError, BytesLengthException, EOFError, IndexError, KeyError,
+           MemoryError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError, struct.error)  # fmt: skip
 
 
 def read_dicom(path: str | os.PathLike) -> tuple[np.ndarray, str, tuple[str, ...]]:

@@ -90,7 +90,7 @@ def is_dicom(path: str | os.PathLike) -> bool:
     try:
         with open(path, "rb") as file:
             start = file.read(132)
-    except OSError:
+    except (OSError, ValueError):  # the latter of a name with a zero byte
         return False
     return start[128:] == b"DICM" or os.fspath(path).lower().endswith(DICOM_SUFFIXES)
 
