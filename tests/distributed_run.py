@@ -1,13 +1,11 @@
-"""Program: one process of a tiny run; the flags are launch.py's. Run by test_distributed.py.
+"""Program: one process of a tiny run; the flags are launch.py's. Run by test_distributed.py with
+JAX_ENABLE_X64=1.
 
-With --images=FILE it writes there which images of batches this process read, a line each: SPLIT ROW. With
---die_in_epoch=N it kills itself when the Nth has trained.
+With --images=FILE it writes there which images of batches this process read, a line each: SPLIT ROW.
 """
 
 import argparse
-import os
 import pathlib
-import signal
 import sys
 
 import jax
@@ -21,6 +19,7 @@ from cxa_jax.data import pipeline
 from cxa_jax.data.datasets import Split
 from cxa_jax.distributed import joined
 from cxa_jax.models.cxa import CardioXAttentionNet
+from cxa_jax.train import train_and_evaluate
 from cxa_jax.train_state import create_train_state
 
 
@@ -47,7 +46,6 @@ def main() -> None:
     parser.add_argument("--process_id", type=int, default=-1)
     parser.add_argument("--num_epochs", type=int, default=2)
     parser.add_argument("--images")
-    parser.add_argument("--die_in_epoch", type=int, default=0)
     arguments = parser.parse_args()
     log_to_console()
     reads, read_image = [], Split.read_image
@@ -60,20 +58,9 @@ def main() -> None:
     Split.read_image = noting_read
     figures.save_augmentation_grid = lambda run, path: None  # it reads batches of its own
     run_module.load_dataset = lambda config: tiny.make_dataset()
-    if jax.config.jax_enable_x64:
-        compute_in_double()
+    compute_in_double()
     with joined(arguments.coordinator, arguments.num_processes, arguments.process_id, auto=False):
-        from cxa_jax import train
-
-        end_epoch = train.end_epoch
-
-        def dying_end_epoch(run, state, progress):
-            if progress.epoch + 1 == arguments.die_in_epoch:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return end_epoch(run, state, progress)
-
-        train.end_epoch = dying_end_epoch
-        train.train_and_evaluate(tiny.make_config(**{"train.num_epochs": arguments.num_epochs}), arguments.workdir)
+        train_and_evaluate(tiny.make_config(**{"train.num_epochs": arguments.num_epochs}), arguments.workdir)
         if arguments.images:
             pathlib.Path(arguments.images).write_text("\n".join(reads))
 
