@@ -104,6 +104,7 @@ def main() -> None:
         "share": float(np.median(shares)), "share_range": [float(shares.min()), float(shares.max())],
         "images_per_s": len(paths) / float(np.median(whole)), "host": describe_host(),
     }  # fmt: skip
+    options.output.mkdir(parents=True, exist_ok=True)
     environment = describe_environment()
     environment["command"] = "python benchmarks/preparation.py"
     write_atomically(options.output / "preparation.json", to_json(results | {"environment": environment}))

@@ -1,0 +1,112 @@
+"""How long the device waits at an epoch's end, while the host evaluates, saves and logs: as a share of 500 steps.
+
+    python benchmarks/epoch_end.py
+
+Trains on noise with the program's own loop. Each step is waited for, so what lies between the last step of an epoch and
+the first of the next, less the time in evaluation steps, is the host's alone; training itself overlaps some of it. The
+first epoch's end also compiles the evaluation step and is given apart. Writes benchmarks/results/epoch_end.json, .md.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from cxa_jax.runtime import set_up_runtime  # noqa: E402
+
+set_up_runtime()
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+from configs import dense121  # noqa: E402
+from cxa_jax.data.fake_xrays import make_fake_dataset  # noqa: E402
+from cxa_jax.run import create_run  # noqa: E402
+from cxa_jax.timing import describe_host  # noqa: E402
+from cxa_jax.train import train  # noqa: E402
+from cxa_jax.workdir import describe_environment, to_json, write_atomically  # noqa: E402
+
+NUM_STEPS = 500  # of the epoch that the wait is a share of
+TARGET = 0.02
+
+
+class Timed:
+    """A jitted step that is waited for; `spans` holds (start, end) of every call. The rest of it is the step's own."""
+
+    def __init__(self, step: Callable[..., Any]):
+        self.step, self.spans = step, []
+
+    def __call__(self, *args: Any) -> Any:
+        start = time.perf_counter()
+        result = jax.block_until_ready(self.step(*args))
+        self.spans.append((start, time.perf_counter()))
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.step, name)
+
+
+def measure(image_size: int, num_dev_images: int, num_epochs: int) -> dict[str, Any]:
+    """Return the step's median seconds, and for each epoch's end those of the host alone and of the evaluation."""
+    config = dense121.get_config()
+    config.data.image_size, config.train.num_epochs = image_size, num_epochs
+    batch_size, eval_size = config.train.batch_size, config.eval.batch_size
+    dataset = make_fake_dataset(image_size, max(num_dev_images, 2 * batch_size))
+    run = create_run(config.lock(), dataset)
+    steps = -(-len(dataset.splits["train"].source) // batch_size)
+    evals = -(-len(dataset.splits["dev"].source) // eval_size)
+    run = dataclasses.replace(run, train_step=Timed(run.train_step), eval_step=Timed(run.eval_step))
+    with tempfile.TemporaryDirectory() as folder:
+        train(run, pathlib.Path(folder))
+    starts, ends = np.array(run.train_step.spans).T.reshape(2, num_epochs, steps)
+    evaluation = np.diff(np.array(run.eval_step.spans)).reshape(num_epochs, evals).sum(axis=1)[:-1]
+    gaps = starts[1:, 0] - ends[:-1, -1]
+    step_s = float(np.median(np.diff(np.array(run.train_step.spans)[1:])))
+    return {
+        "step_s": step_s,
+        "evaluation_s": evaluation.tolist(),
+        "host_s": (gaps - evaluation).tolist(),
+        "share": float(np.median((gaps - evaluation)[1:]) / (NUM_STEPS * step_s)),
+    }
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image_size", type=int, default=224, help="px")
+    parser.add_argument("--num_dev_images", type=int, default=64)
+    parser.add_argument("--num_epochs", type=int, default=5)
+    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "benchmarks/results")
+    options = parser.parse_args()
+    results = measure(options.image_size, options.num_dev_images, options.num_epochs)
+    environment, host = describe_environment(), describe_host()
+    options.output.mkdir(parents=True, exist_ok=True)
+    write_atomically(
+        options.output / "epoch_end.json",
+        to_json(vars(options) | results | {"output": None, "environment": environment, "host": host}),
+    )
+    hosts = ", ".join(f"{seconds:.2f}" for seconds in results["host_s"])
+    text = f"""# The end of an epoch
+
+DenseNet-121 + AMM, batch 16, {options.image_size} px, {options.num_dev_images} dev images.
+A step takes {results["step_s"]:.2f} s.
+
+The host alone, s at each epoch's end: {hosts}. The first also compiles the evaluation step. Median of the others
+over {NUM_STEPS} steps: **{results["share"]:.3%}** (target: less than {TARGET:.0%}).
+
+Machine: {host["processor"]}, {host["usable_cores"]} cores, load {host["load_average"][0]:.1f} at the end;
+commit {environment["commit"]}, {environment["time"]}. Command: `python {environment["command"]}`
+"""
+    write_atomically(options.output / "epoch_end.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
