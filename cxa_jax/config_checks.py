@@ -14,9 +14,12 @@ CHOICES = {
     "data.dev_split": ("image", "patient"),
     "init.torch_normalization": ("imagenet_torch", "xrv", "div255"),
 }
+MAX_IMAGE_PX, MAX_BATCH = 8192, 65_536  # more is a slip of the hand, and would end where memory does
 # Inclusive bounds; None is no bound.
 RANGES = {
     "seed": (0, 2**32 - 1),
+    "data.image_size": (1, MAX_IMAGE_PX),
+    "train.batch_size": (1, MAX_BATCH),
     "train.num_epochs": (1, None),
     "train.checkpoint_every_steps": (0, None),
     "train.label_smoothing": (0, 1),
@@ -29,7 +32,8 @@ RANGES = {
     "optimizer.plateau_min_delta": (0, None),
     "optimizer.early_stop_patience": (1, None),
     "optimizer.early_stop_min_delta": (0, None),
-    "eval.image_size": (0, None),
+    "eval.batch_size": (1, MAX_BATCH),
+    "eval.image_size": (0, MAX_IMAGE_PX),
     "eval.overlay_intensity": (0, 1),
     "eval.map_threshold": (0, 0.99),
     "eval.num_bootstrap": (1, None),

@@ -306,6 +306,39 @@ def test_ten_thousand_cases(kind):
     run_cases(CHECKS[kind], LONG[kind])
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(None, marks=pytest.mark.slow),
+        "BOM and CRLF",
+        pytest.param("one doubled", marks=pytest.mark.slow),
+        "one unknown finding",
+    ],
+)
+def test_a_label_file_of_full_length(tmp_path, change):
+    """112,120 rows, as NIH's has."""
+    lines = [label_line(f"{n:08d}_000.png", "Cardiomegaly" if n % 40 == 0 else "No Finding", n) for n in range(112_120)]
+    if change == "one doubled":
+        lines[-1] = lines[0]
+    if change == "one unknown finding":
+        lines[100_000] = lines[100_000].replace("Cardiomegaly", "Cardiomegalie")
+    text = "\n".join([HEADER_V2020, *lines]) + "\n"
+    if change == "BOM and CRLF":
+        text = "\ufeff" + text.replace("\n", "\r\n")
+    (tmp_path / "labels.csv").write_bytes(text.encode())
+    (tmp_path / "boxes.csv").write_text(BOX_HEADER + "\n")
+    (tmp_path / "train_val.txt").write_text("\n".join(f"{n:08d}_000.png" for n in range(80_000)))
+    (tmp_path / "test.txt").write_text("\n".join(f"{n:08d}_000.png" for n in range(80_000, 112_120)))
+    lists = {part: tmp_path / f"{part}.txt" for part in ("train_val", "test")}
+    download = Download(tmp_path / "labels.csv", tmp_path / "boxes.csv", lists, {})
+    if change in (None, "BOM and CRLF"):
+        assert len(load_metadata(download).rows) == 112_120
+    else:
+        line = {"one doubled": 112_121, "one unknown finding": 100_002}[change]
+        with pytest.raises(UserError, match=f"labels.csv, line {line}"):
+            load_metadata(download)
+
+
 def test_bombs_end_before_they_unfold(tmp_path):
     for width, height in ((60_000, 60_000), (2**31 - 1, 2**31 - 1)):
         (tmp_path / "bomb.png").write_bytes(make_bomb(width, height, 8, 2))
