@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     workdir = WORKDIR.value or str(pathlib.Path("runs") / (config.name if config else MODE.value))
     given = {"config": config, "data": config and config.data, "workdir": workdir, "workdirs": WORKDIRS.value}
     given |= {"inputs": INPUTS.value + argv[1:], "output": OUTPUT.value}
-    processes = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, DISTRIBUTED.value == "auto")
+    processes = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, DISTRIBUTED.value == "auto", MODE.value)
     try:
         with importlib.import_module("cxa_jax.distributed").joined(*processes):
             getattr(importlib.import_module(module), function)(*(given[name] for name in mode.arguments))

@@ -24,6 +24,7 @@ from cxa_jax.errors import UserError
 
 HEARTBEAT_TIMEOUT_S = 60  # a process that is silent for so long is taken for dead
 START_TIMEOUT_S = 300
+MODES = ("train", "evaluate")
 PREPARATION_TIMEOUT_S = 24 * 3600
 LOST = "another process of this run is gone (its own message says why); start all of them again: they go on from the "
 LOST += "last checkpoint"
@@ -32,7 +33,7 @@ SIGNS_OF_LOSS = ("Gloo", "NCCL", "Barrier failed", "heartbeat", "coordination se
 
 
 @contextlib.contextmanager
-def joined(coordinator: str, num_processes: int, process_id: int, auto: bool) -> Iterator[None]:
+def joined(coordinator: str, num_processes: int, process_id: int, auto: bool, mode: str = "train") -> Iterator[None]:
     """Make this process one of several for the block, or none at all where nothing asks for it.
 
     Any end of the block but a good one ends the process at once, so that the others do not wait for it.
@@ -42,13 +43,17 @@ def joined(coordinator: str, num_processes: int, process_id: int, auto: bool) ->
       num_processes: how many there are; 0 if not given.
       process_id: 0 ... num_processes - 1; -1 if not given.
       auto: take all three from Slurm, Open MPI or the TPU's environment.
+      mode: what they do together, one of MODES.
 
     Raises:
-      UserError: the three do not go together, or the others do not come within START_TIMEOUT_S.
+      UserError: the three do not go together, the mode is none of MODES, or the others do not come within
+        START_TIMEOUT_S.
     """
     if not _check(coordinator, num_processes, process_id, auto):
         yield
         return
+    if mode not in MODES:
+        raise UserError(f"--mode={mode} takes one process; several can {' and '.join(MODES)}")
     _initialize({} if auto else dict(zip(("coordinator_address", "num_processes", "process_id"),
                                          (coordinator, num_processes, process_id), strict=True)))  # fmt: skip
     try:

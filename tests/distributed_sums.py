@@ -8,6 +8,7 @@ import time
 import jax
 import numpy as np
 
+from cxa_jax import distributed
 from cxa_jax.console import log_to_console
 from cxa_jax.distributed import first_alone, joined
 from cxa_jax.errors import UserError
@@ -26,6 +27,7 @@ def end(how: str) -> None:
 
 def main(coordinator: str, process_id: str, victim: str, how: str) -> None:
     log_to_console()
+    distributed.HEARTBEAT_TIMEOUT_S = 10  # a test need not wait for a minute
     with joined(coordinator, 2, int(process_id), auto=False):
         mesh = create_mesh()
         with first_alone("preparation"):

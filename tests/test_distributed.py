@@ -159,6 +159,12 @@ def test_flags_that_do_not_go_together():
             pass
 
 
+def test_modes_for_one_process():
+    with pytest.raises(UserError, match="--mode=predict takes one process"):
+        with distributed.joined("h:1", 2, 0, False, "predict"):
+            pass
+
+
 def test_auto_where_nothing_says_how_many(monkeypatch):
     for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "JAX_COORDINATOR"))]:
         monkeypatch.delenv(name)
