@@ -12,8 +12,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from cxa_jax.console import log_to_console, shorten_traceback
-from cxa_jax.errors import UserError
+from cxa_jax.console import command_exits, log_to_console, shorten_traceback
 from cxa_jax.usage import MODES, format_help
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config: FILE[:VARIANT,...], see configs/.", lock_config=True)
@@ -44,13 +43,8 @@ def main(argv: list[str]) -> None:
     given = {"config": config, "data": config and config.data, "workdir": workdir, "workdirs": WORKDIRS.value}
     given |= {"inputs": INPUTS.value + argv[1:], "output": OUTPUT.value}
     processes = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, DISTRIBUTED.value == "auto", MODE.value)
-    try:
-        with importlib.import_module("cxa_jax.distributed").joined(*processes):
-            getattr(importlib.import_module(module), function)(*(given[name] for name in mode.arguments))
-    except (UserError, OSError) as error:  # an OSError names its file: no space, no permission, no such folder
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    with command_exits(), importlib.import_module("cxa_jax.distributed").joined(*processes):
+        getattr(importlib.import_module(module), function)(*(given[name] for name in mode.arguments))
 
 
 def parse_flags(argv: list[str]) -> list[str]:

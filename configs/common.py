@@ -129,6 +129,7 @@ def _train() -> ConfigDict:
     return ConfigDict(
         {
             "batch_size": 16,  # R12, over all devices together
+            "accumulate_steps": 1,  # parts a batch goes through in, one by one: less memory; batch norm sees parts
             "num_epochs": 200,  # at most (A24)
             "class_weights": "balanced",  # 'balanced': N / (2 N_c) over the images of an epoch (R9, A12) | 'none'
             "loss": "bce",  # 'bce' (Eq. 1) | 'smoothed' | 'gce': for labels that may be wrong; dev_loss stays Eq. (1)

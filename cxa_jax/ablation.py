@@ -21,7 +21,7 @@ from cxa_jax.console import progress_bar
 from cxa_jax.data.datasets import Dataset, describe_splits, load_dataset
 from cxa_jax.data.parallel import count_cores
 from cxa_jax.errors import UserError
-from cxa_jax.metric_writer import write_history
+from cxa_jax.metric_writer import count_rows, write_history
 from cxa_jax.models import BACKBONES
 from cxa_jax.models.cxa import check_model
 from cxa_jax.pooling import POOLINGS
@@ -56,8 +56,7 @@ class Member:
 
     def count_epochs(self) -> int:
         """Return the finished epochs, as far as its metrics.csv tells."""
-        path = self.folder / "metrics.csv"
-        return max(0, len(path.read_text(encoding="utf-8").splitlines()) - 1) if path.is_file() else 0
+        return count_rows(self.folder / "metrics.csv")
 
 
 def ablate(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -71,8 +70,12 @@ def ablate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     Raises:
       UserError: the config cannot be meant, or a run failed; the others are finished and tabulated first.
     """
+    with open_workdir(workdir) as folder:
+        return _ablate(config, folder)
+
+
+def _ablate(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
     poolings, seeds, num_parallel = read_ablation(config)
-    folder = open_workdir(workdir)
     log_to_file(folder)
     for member in make_members(config, config.data.name, poolings, seeds, folder):
         check_model(member.config.model)

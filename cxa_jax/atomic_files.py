@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 
 
@@ -13,5 +14,16 @@ def replace_when_written(path: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         yield neighbour
         os.replace(neighbour, path)
+    except OSError as error:
+        if error.filename or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk's error names no file
     finally:
         neighbour.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: pathlib.Path) -> None:
+    """Remove the neighbours that killed processes left in `folder`; no other process may be writing there."""
+    for path in folder.glob("*.tmp"):
+        if re.search(r"\.\d+\.tmp$", path.name):
+            path.unlink()

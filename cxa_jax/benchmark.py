@@ -1,6 +1,7 @@
 """--mode=benchmark: how fast a config trains and predicts here, and what it takes, on noise in place of images."""
 
 import logging
+import pathlib
 from typing import Any
 
 import jax
@@ -40,13 +41,17 @@ def benchmark(config: ConfigDict, workdir: str) -> dict[str, Any]:
     so no data set is needed and the loss means nothing.
 
     Returns:
-      What was written: 'conditions', 'config' (flat), 'results'.
+      What was written: 'conditions', 'data', 'config' (flat), 'results'.
 
     Raises:
       UserError: the config or workdir cannot be used.
     """
     check_compute_type(config.model.dtype)
-    folder = open_workdir(workdir)
+    with open_workdir(workdir) as folder:
+        return _benchmark(config, folder)
+
+
+def _benchmark(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
     conditions = describe_environment() | {"host": describe_host()}  # before this process itself is load
     size, batch_size = config.data.image_size, config.train.batch_size
     # At least what fills a batch; a size that makes no sense is create_run's to refuse.
@@ -72,7 +77,8 @@ def benchmark(config: ConfigDict, workdir: str) -> dict[str, Any]:
     if memory_bytes:
         log.info("largest batch in %.3g GiB ...", memory_bytes / GIB)
         results["largest_batch"] = find_largest_batch(run, memory_bytes, compiled)
-    report = {"conditions": conditions, "config": flatten_config(config), "results": results}
+    report = {"conditions": conditions, "data": run.dataset.description, "config": flatten_config(config)}
+    report |= {"results": results}
     write_atomically(folder / "benchmark.json", to_json(report))
     log.info("%s\nwritten to %s", format_table(results), folder / "benchmark.json")
     return report

@@ -2,26 +2,34 @@
 
 `checkpoints/best/STEP` is the state of the lowest dev loss, `checkpoints/latest/STEP` the newest to resume from. Each
 holds four items: `params` (alone, so that evaluation reads no more), `batch_stats`, `opt_state`, and `meta` (JSON: all
-that the host knows: epoch, plateau, early stop, iterator, root key, config, data fingerprint, history).
+that the host knows: epoch, plateau, early stop, iterator, root key, config, data fingerprint, history; and SHA-256 of
+every item, compared whenever one is read).
 """
 
+import contextlib
 import logging
 import pathlib
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from cxa_jax.array_types import PyTree
+from cxa_jax.digests import digest_arrays, digest_json
 from cxa_jax.errors import UserError
 from cxa_jax.sharding import put_replicated
 from cxa_jax.train_state import TrainState
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+ARRAYS = ("params", "batch_stats", "opt_state")
+DIGESTS = "sha256"  # key of `meta` on disk
 # What orbax and the file system raise for a checkpoint that is truncated, altered or half deleted.
-DAMAGE = (ValueError, KeyError, OSError)
+DAMAGE = (ValueError, LookupError, OSError, TypeError, AttributeError)
 
 
 class Checkpoints:
@@ -30,7 +38,7 @@ class Checkpoints:
     With `read_only` nothing is created, cleaned up or deleted: for evaluation, also while a run is training.
     """
 
-    def __init__(self, workdir: pathlib.Path, kind: str, *, num_kept: int = 1, read_only: bool = False):
+    def __init__(self, workdir: pathlib.Path, kind: str, *, num_kept: int = 2, read_only: bool = False):
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints" / kind
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else num_kept,
@@ -38,47 +46,51 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
         )
-        handlers = {name: ocp.StandardCheckpointHandler() for name in ("params", "batch_stats", "opt_state")}
-        handlers["meta"] = ocp.JsonCheckpointHandler()
+        handlers = {name: ocp.StandardCheckpointHandler() for name in ARRAYS} | {"meta": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Write `state` and `meta` under the state's step, in the background; a crash leaves the former ones whole."""
+        """Write `state` and `meta` under the state's step, in the background; a crash leaves the former ones whole.
+
+        Raises:
+          UserError: this or the save before it cannot be written.
+        """
         step = int(state.step)
-        for stale in self._manager.all_steps():
-            # A run that was cut after its best was written and before its latest comes by here again.
-            if stale >= step:
-                self._manager.wait_until_finished()
-                self._manager.delete(stale)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                batch_stats=ocp.args.StandardSave(state.batch_stats),
-                opt_state=ocp.args.StandardSave(state.opt_state),
-                meta=ocp.args.JsonSave(meta),
-            ),
-            force=True,
-        )
+        arrays = {name: getattr(state, name) for name in ARRAYS}
+        digests = {name: digest_arrays(tree) for name, tree in arrays.items()} | {"meta": digest_json([step, meta])}
+        with self._naming_failure():
+            for stale in self._manager.all_steps():
+                # A run that was cut after its best was written and before its latest comes by here again.
+                if stale >= step:
+                    self._manager.wait_until_finished()
+                    self._manager.delete(stale)
+            items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+            items["meta"] = ocp.args.JsonSave(meta | {DIGESTS: digests})
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def wait(self) -> None:
-        """Return when every save is on disk."""
-        self._manager.wait_until_finished()
+        """Return when every save is on disk.
+
+        Raises:
+          UserError: one cannot be written.
+        """
+        with self._naming_failure():
+            self._manager.wait_until_finished()
 
     def steps(self) -> list[int]:
         """Return the steps of finished checkpoints, newest first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
     def read_meta(self) -> dict[str, Any] | None:
-        """Return the newest readable `meta`, or None if there is no checkpoint."""
-        return self._first_sound(lambda step: self._restore(step, meta=ocp.args.JsonRestore())["meta"])
+        """Return the newest sound `meta`, or None if there is no checkpoint."""
+        return self._first_sound(lambda step: self._read(step, {})["meta"])
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """Restore the newest sound checkpoint into the shapes and shardings of `abstract`; None if there is none.
@@ -88,20 +100,13 @@ class Checkpoints:
         """
 
         def restore_step(step: int) -> tuple[TrainState, dict[str, Any]]:
-            items = self._restore(
-                step,
-                params=ocp.args.StandardRestore(abstract.params),
-                batch_stats=ocp.args.StandardRestore(abstract.batch_stats),
-                opt_state=ocp.args.StandardRestore(abstract.opt_state),
-                meta=ocp.args.JsonRestore(),
-            )
+            items = self._read(step, {name: getattr(abstract, name) for name in ARRAYS})
             counters = {
                 "step": put_replicated(np.int32(step), abstract.step.sharding.mesh),
                 "healthy": put_replicated(np.bool_(True), abstract.healthy.sharding.mesh),
             }
-            return TrainState(**counters, **{k: items[k] for k in ("params", "batch_stats", "opt_state")}), items[
-                "meta"
-            ]
+            meta = items.pop("meta")
+            return TrainState(**counters, **items), meta
 
         return self._first_sound(restore_step)
 
@@ -109,13 +114,9 @@ class Checkpoints:
         """Restore only what the network needs: {'params', 'batch_stats'} and `meta`."""
 
         def restore_step(step: int) -> tuple[dict[str, PyTree], dict[str, Any]]:
-            items = self._restore(
-                step,
-                params=ocp.args.StandardRestore(abstract["params"]),
-                batch_stats=ocp.args.StandardRestore(abstract["batch_stats"]),
-                meta=ocp.args.JsonRestore(),
-            )
-            return {k: items[k] for k in ("params", "batch_stats")}, items["meta"]
+            items = self._read(step, {name: abstract[name] for name in ("params", "batch_stats")})
+            meta = items.pop("meta")
+            return items, meta
 
         return self._first_sound(restore_step)
 
@@ -130,21 +131,32 @@ class Checkpoints:
                 )
                 for kind in ("params", "batch_stats")
             }
-            items = self._restore(step, **{kind: ocp.args.StandardRestore(mould[kind]) for kind in mould})
+            items = self._read(step, mould)
             return {kind: items[kind] for kind in mould}
 
         return self._first_sound(restore_step)
 
-    def _restore(self, step: int, **items: Any) -> Any:
-        return self._manager.restore(step, args=ocp.args.Composite(**items))
+    def _read(self, step: int, moulds: dict[str, PyTree]) -> dict[str, Any]:
+        """Return the arrays that `moulds` names, and `meta`; raise ValueError if one is not what was saved."""
+        items = {name: ocp.args.StandardRestore(mould) for name, mould in moulds.items()}
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
+        read = {name: restored[name] for name in moulds} | {"meta": dict(restored["meta"])}
+        digests = read["meta"].pop(DIGESTS, None)
+        if digests is None:  # of a version before digests
+            return read
+        found = {name: digest_arrays(read[name]) for name in moulds} | {"meta": digest_json([step, read["meta"]])}
+        altered = [name for name in found if found[name] != digests[name]]
+        if altered:
+            raise ValueError(f"{', '.join(altered)}: not what was saved (SHA-256 differs)")
+        return read
 
-    def _first_sound(self, read: Any) -> Any:
+    def _first_sound(self, read: Callable[[int], T]) -> T | None:
         problems = []
         for step in self.steps():
             try:
                 return read(step)
             except DAMAGE as error:
-                problems.append(f"{self.directory / str(step)}: {str(error).splitlines()[0][:200]}")
+                problems.append(f"{self.directory / str(step)}: {(str(error).splitlines() or [repr(error)])[0][:200]}")
                 log.warning("checkpoint %s cannot be read, trying an older one", problems[-1])
         if problems:
             raise UserError(
@@ -153,6 +165,39 @@ class Checkpoints:
                 + f"\nDelete {self.directory.parent} to start anew."
             )
         return None
+
+    @contextlib.contextmanager
+    def _naming_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # orbax's thread hands on the file system's, or tensorstore's word
+            reason = (str(error).splitlines() or [repr(error)])[0][:300]
+            raise UserError(
+                f"a checkpoint cannot be written to {self.directory}: {reason}\n"
+                "The ones before it are whole: make room there, and the same command goes on."
+            ) from error
+
+
+def read_first(read: Callable[[Checkpoints], T | None], *stores: Checkpoints) -> T | None:
+    """Return read(store) of the first store that holds anything sound; None if all are empty.
+
+    Raises:
+      UserError: there are checkpoints and none of them can be read.
+    """
+    failures = []
+    for number, store in enumerate(stores):
+        try:
+            found = read(store)
+        except UserError as error:
+            failures.append(error)
+            continue
+        if found is not None:
+            if number:
+                log.warning("nothing sound in %s; taken is the newest of %s", stores[0].directory, store.directory)
+            return found
+    if failures:
+        raise failures[0]
+    return None
 
 
 def load_backbone(workdir: pathlib.Path, backbone: str, abstract: TrainState) -> dict[str, PyTree]:

@@ -21,6 +21,7 @@ RANGES = {
     "data.image_size": (1, MAX_IMAGE_PX),
     "train.batch_size": (1, MAX_BATCH),
     "train.num_epochs": (1, None),
+    "train.accumulate_steps": (1, None),
     "train.checkpoint_every_steps": (0, None),
     "train.label_smoothing": (0, 1),
     "train.gce_exponent": (0.01, 1),

@@ -1,10 +1,15 @@
-"""What a user sees while a command runs: log lines and progress bars."""
+"""What a user sees of a command: log lines, progress bars, and how it ends."""
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 
 from absl import logging as absl_logging
 from tqdm import tqdm
+
+from cxa_jax.errors import UserError
+from cxa_jax.interruption import RESUMABLE, Interrupted, end_on_signal
 
 _quiet = False
 
@@ -30,6 +35,22 @@ def be_quiet() -> None:
     global _quiet
     _quiet = True
     logging.getLogger("cxa_jax").setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def command_exits() -> Iterator[None]:
+    """End the process after the body with the status a command has.
+
+    0: done. 1: one message says what to change. 75: a signal stopped it, and the same command goes on.
+    """
+    try:
+        with end_on_signal():
+            yield
+    except (UserError, OSError) as error:  # an OSError names its file: no space, no permission, no such folder
+        sys.exit(f"error: {error}")
+    except Interrupted as notice:
+        print(f"stopped by {notice}; the same command goes on (exit status {RESUMABLE})", file=sys.stderr)
+        sys.exit(RESUMABLE)
 
 
 def shorten_traceback(error: Exception) -> str:

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cxa_jax.console import be_quiet
 from cxa_jax.errors import UserError
+from cxa_jax.interruption import RESUMABLE, Interrupted
 
 HEARTBEAT_TIMEOUT_S = 60  # a process that is silent for so long is taken for dead
 START_TIMEOUT_S = 300
@@ -63,6 +64,9 @@ def joined(coordinator: str, num_processes: int, process_id: int, auto: bool, mo
             _leave(end.code)
     except (UserError, OSError) as error:
         _leave(f"error: {error}")
+    except Interrupted as notice:
+        sys.stderr.write(f"stopped by {notice}; the same commands go on from the last checkpoint\n")
+        _leave(RESUMABLE)
     except BaseException as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in SIGNS_OF_LOSS):
             _leave(f"error: {LOST}\n  ({str(error).splitlines()[0][:200]})")

@@ -9,10 +9,12 @@ import numpy as np
 from jax.sharding import Mesh
 from scipy.special import expit
 
+from cxa_jax import interruption
 from cxa_jax.array_types import PyTree
 from cxa_jax.console import progress_bar
 from cxa_jax.data.datasets import Split
 from cxa_jax.data.pipeline import make_eval_iterator
+from cxa_jax.device_memory import naming_exhaustion
 from cxa_jax.predictions import ATTRIBUTES, PredictionTable
 from cxa_jax.sharding import own_rows, put_batch
 
@@ -76,6 +78,8 @@ def evaluate_split(
     """Predict every image of `split`.
 
     Raises:
+      UserError: the device ran out of memory.
+      Interrupted: a signal asked the process to end.
       RuntimeError: the number of rows that came out is not the number of images: a bug, never to be averaged over.
     """
     rows, outputs, pending = [], [], None
@@ -85,9 +89,11 @@ def evaluate_split(
         rows.append(batch["index"][mask])
         outputs.append({name: np.asarray(value)[mask] for name, value in out.items()})
 
-    with progress_bar(len(split.source), f"predict {split.name}", disable=not show_progress) as bar:
+    memory = naming_exhaustion(f"config.eval.batch_size={batch_size}", "lower --config.eval.batch_size")
+    with memory, progress_bar(len(split.source), f"predict {split.name}", disable=not show_progress) as bar:
         own = own_rows(batch_size, mesh)
         for batch in make_eval_iterator(split, batch_size=batch_size, num_threads=num_threads, own_rows=own):
+            interruption.check()
             out = eval_step(variables, put_batch(batch["image"], mesh))
             if pending is not None:  # fetched while the device works on the next batch
                 collect(*pending)

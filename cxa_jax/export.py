@@ -13,7 +13,7 @@ from cxa_jax.atomic_files import replace_when_written
 from cxa_jax.data.augment import normalize_images, to_rgb
 from cxa_jax.panels import FOOTER
 from cxa_jax.trained_network import TrainedNetwork, load_trained_network
-from cxa_jax.workdir import describe_environment, to_json, write_atomically
+from cxa_jax.workdir import describe_environment, flatten_config, to_json, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ def _describe(network: TrainedNetwork, artefact: bytes) -> dict[str, Any]:
         "platforms": PLATFORMS,
         "trained_on_phantoms": network.is_phantom,
         "trained_on": network.meta["fingerprint"],
+        "config": flatten_config(network.config),
         "checkpoint_step": network.meta["progress"]["best_step"],
         "environment": describe_environment(),
     }

@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from cxa_jax.atomic_files import replace_when_written
 from cxa_jax.data.pipeline import make_train_iterator
 from cxa_jax.evaluate import Predictions
 from cxa_jax.heat_maps import upsample_maps
@@ -25,9 +26,8 @@ FONT_FILE = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVu
 
 def save_figure(figure: Figure, path: pathlib.Path) -> None:
     """Write a PNG or PDF, as the name says, all or nothing."""
-    neighbour = path.with_name(f".{path.name}")
-    figure.savefig(neighbour, format=path.suffix[1:], dpi=110)
-    neighbour.replace(path)
+    with replace_when_written(path) as neighbour:
+        figure.savefig(neighbour, format=path.suffix[1:], dpi=110)
 
 
 def superimpose(image: np.ndarray, heat: np.ndarray, intensity: float) -> np.ndarray:

@@ -178,9 +178,9 @@ def find_largest_batch(run: Run, memory_bytes: int, compiled: Compiled) -> dict[
       compiled: the step of config.train.batch_size, the line's first point.
 
     Returns:
-      'batch_size' (0: none fits; a multiple of the devices), 'memory_bytes', and 'tried', {batch size: bytes}.
+      'batch_size' (0: none fits; a multiple of devices x parts), 'memory_bytes', and 'tried', {batch size: bytes}.
     """
-    unit = run.mesh.size
+    unit = run.mesh.size * run.config.train.accumulate_steps
     tried = {run.config.train.batch_size: analyze_memory(compiled)["all"]}
 
     def need(batch_size: int) -> int:

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from cxa_jax import figures
 from cxa_jax.array_types import PyTree
-from cxa_jax.checkpointing import Checkpoints
+from cxa_jax.checkpointing import Checkpoints, read_first
 from cxa_jax.classification import FIXED_THRESHOLD
 from cxa_jax.data.input_statistics import compute_input_statistics, save_input_statistics
 from cxa_jax.distributed import writable
@@ -27,8 +27,9 @@ from cxa_jax.summary import format_summary
 from cxa_jax.workdir import (
     check_same_run,
     describe_environment,
+    flatten_config,
     log_to_file,
-    refuse_outward_links,
+    open_workdir,
     to_json,
     write_atomically,
 )
@@ -37,19 +38,18 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Evaluate the best state of a finished or running workdir, at config.eval.image_size if it is set.
+    """Evaluate the best state of a finished or stopped run, at config.eval.image_size if it is set.
 
     Returns:
       What was written to metrics.json (in `eval_SIZE/` for another size than the training's).
 
     Raises:
-      UserError: the workdir holds no checkpoint, or another run's.
+      UserError: the workdir holds no checkpoint, or another run's, or a training holds it.
     """
     folder = pathlib.Path(workdir).expanduser().absolute()
     if not (folder / "checkpoints" / "best").is_dir():
         raise UserError(f"--workdir={folder} holds no checkpoint; train first: the same command with --mode=train")
-    refuse_outward_links(folder)
-    with writable(folder) as output:
+    with open_workdir(folder), writable(folder) as output:
         log_to_file(output)
         return _evaluate(config, folder, output)
 
@@ -57,10 +57,11 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
 def _evaluate(config: ConfigDict, folder: pathlib.Path, output: pathlib.Path) -> dict[str, Any]:
     run = create_run(config)
     size = config.eval.image_size or config.data.image_size
-    with Checkpoints(folder, "latest", read_only=True) as latest:
-        meta = latest.read_meta()
-    if meta is not None:  # the run as it is now: the best state may be from before a permitted change
-        check_same_run(meta, config, run.dataset.fingerprint, folder)
+    with Checkpoints(folder, "latest", read_only=True) as latest, Checkpoints(folder, "best", read_only=True) as best:
+        # The run as it is now, by its latest state: the best one may be from before a permitted change.
+        meta = read_first(Checkpoints.read_meta, latest, best)
+    for change in check_same_run(meta, config, run.dataset.fingerprint, folder) if meta else []:
+        log.warning("evaluated with a change: %s", change)
     if size == config.data.image_size:
         log_run(run)
         return write_outputs(run, folder, output)
@@ -87,7 +88,8 @@ def write_outputs(run: Run, folder: pathlib.Path, output: pathlib.Path) -> dict[
     report = {"checkpoint": _describe_checkpoint(meta)}
     report |= compute_run_metrics(run, dev.to_table(), test.to_table(), boxes)
     report["phantom_tuned_levels"] = tune_thresholds(run, dev, find_boxed_images(run.dataset.splits["dev"]))
-    report |= {"config": meta["config"], "environment": describe_environment()}
+    now = {field: value for field, value in flatten_config(run.config).items() if field.startswith("eval.")}
+    report |= {"config": meta["config"] | now, "environment": describe_environment()}
     write_atomically(output / "metrics.json", to_json(report))
     history = meta["progress"]["history"]
     figures.save_curves(run, history, output / "training_curves.png")
@@ -120,10 +122,16 @@ def restore_best(run: Run, folder: pathlib.Path) -> tuple[dict[str, PyTree], dic
       UserError: there is none, which after training means that no dev loss was a number.
     """
     abstract = run.abstract_state
-    with Checkpoints(folder, "best", read_only=True) as best:
+    with Checkpoints(folder, "latest", read_only=True) as latest, Checkpoints(folder, "best", read_only=True) as best:
         restored = best.restore_variables({"params": abstract.params, "batch_stats": abstract.batch_stats})
+        newest = read_first(Checkpoints.read_meta, latest, best)
     if restored is None:
         raise UserError(f"{folder} has no best checkpoint: no epoch ended with a finite dev loss; see metrics.csv")
+    step, lowest = (meta["progress"]["best_step"] for meta in (restored[1], newest))
+    if step < lowest:  # else the same, or the run was cut between writing the best and the latest
+        log.warning(
+            "the state of the lowest dev loss, of step %d, is lost; this is the one before it, of %d", lowest, step
+        )
     return restored
 
 

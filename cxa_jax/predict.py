@@ -23,7 +23,7 @@ from cxa_jax.heat_maps import detect_boxes, scale_map, upsample_maps
 from cxa_jax.panels import FOOTER, ContactSheets, Prediction, draw_panels
 from cxa_jax.sharding import put_batch
 from cxa_jax.trained_network import TrainedNetwork, load_trained_network
-from cxa_jax.workdir import describe_environment, to_json, write_atomically
+from cxa_jax.workdir import describe_environment, flatten_config, to_json, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -219,6 +219,7 @@ def _summarize(
     return {
         "remark": f"{_remark(network)} {FOOTER}".strip(),
         "workdir": str(network.folder),
+        "config": flatten_config(network.config),
         "checkpoint_step": network.meta["progress"]["best_step"],
         "trained_on": network.meta["fingerprint"],
         "image_size": network.image_size,

@@ -12,13 +12,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from cxa_jax.errors import UserError
+from cxa_jax.console import command_exits
 
 _COMMAND = "from cxa_jax import process_pool; process_pool.serve()"
 _POLL_S = 0.5
+_GRACE_S = 25.0  # for jobs to save and end when this process is asked to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +82,7 @@ def run_jobs(
                     process.stdin.close()
                     when_done(job, process.returncode)
     finally:  # an interrupt: the jobs are not ours to leave behind
-        for _, process in running.values():
-            process.kill()
-            process.wait()
+        _end(process for _, process in running.values())
 
 
 def serve() -> None:
@@ -93,10 +92,21 @@ def serve() -> None:
         os.sched_setaffinity(0, cores)  # before numpy and jax count the cores
     function, arguments = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
+    with command_exits():  # as in launch.py
         function(*arguments)
-    except (UserError, OSError) as error:  # as in launch.py: one line says it all
-        sys.exit(f"error: {error}")
+
+
+def _end(processes: Iterable[subprocess.Popen]) -> None:
+    processes = list(processes)
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + _GRACE_S
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _end_with_parent() -> None:

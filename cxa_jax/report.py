@@ -46,7 +46,11 @@ def write_report(workdirs: Sequence[str], workdir: str) -> dict[str, Any]:
       UserError: see `results.load_results`; the message names the run and the cure.
     """
     results = load_results(workdirs)
-    folder = open_workdir(workdir)
+    with open_workdir(workdir) as folder:
+        return _write_report(results, folder)
+
+
+def _write_report(results: Sequence[Result], folder: pathlib.Path) -> dict[str, Any]:
     num_resamples = choose_num_resamples(results)
     groups = [compute_group(group, num_resamples, SEED) for group in group_results(results)]
     report = compute_report(results, groups, num_resamples)

@@ -116,11 +116,12 @@ def create_run(config: ConfigDict, dataset: Dataset | None = None) -> Run:
     Raises:
       UserError: the config names something that is not there.
     """
-    mesh = create_mesh(batch_sizes=(config.train.batch_size, config.eval.batch_size))
-    check_batch_size("config.train.batch_size", config.train.batch_size, mesh)
-    check_batch_size("config.eval.batch_size", config.eval.batch_size, mesh)
     model = create_model(config.model, remat=config.train.remat)
     check_config(config, model.backbone.min_size)
+    part = config.train.batch_size // config.train.accumulate_steps
+    mesh = create_mesh(batch_sizes=(part, config.eval.batch_size))
+    check_batch_size("config.train.batch_size", config.train.batch_size, mesh, config.train.accumulate_steps)
+    check_batch_size("config.eval.batch_size", config.eval.batch_size, mesh)
     if dataset is None:
         with first_alone("data"):  # prepared and indexed once
             dataset = load_dataset(config.data)
@@ -136,7 +137,8 @@ def create_run(config: ConfigDict, dataset: Dataset | None = None) -> Run:
     weights = (1.0, 1.0)
     if config.train.class_weights == "balanced":
         weights = compute_class_weights(epoch_labels(dataset.splits["train"], config.data))
-    options = {"loss": create_loss(config.train), "attention_negative_weight": config.train.attention_negative_weight}
+    options = {name: config.train[name] for name in ("attention_negative_weight", "accumulate_steps")}
+    options["loss"] = create_loss(config.train)
 
     def train_step(state: TrainState, batch: Batch, rate_scale: jax.Array, root_key: jax.Array):
         # The key is an argument, so that runs of other seeds find this program in the compilation cache.

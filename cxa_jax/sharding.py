@@ -66,7 +66,8 @@ def _put(tree: PyTree, sharding: NamedSharding) -> PyTree:
     return jax.tree.map(put, tree)
 
 
-def check_batch_size(field: str, batch_size: int, mesh: Mesh) -> None:
-    """Raise UserError unless the batch divides by the devices."""
-    if batch_size < 1 or batch_size % mesh.size:
-        raise UserError(f"{field}={batch_size} must be a positive multiple of the {mesh.size} device(s)")
+def check_batch_size(field: str, batch_size: int, mesh: Mesh, num_parts: int = 1) -> None:
+    """Raise UserError unless the batch divides by the devices, and each device's share by the parts it comes in."""
+    if batch_size < 1 or batch_size % (mesh.size * num_parts):
+        parts = f" x config.train.accumulate_steps={num_parts}" if num_parts > 1 else ""
+        raise UserError(f"{field}={batch_size} must be a positive multiple of the {mesh.size} device(s){parts}")

@@ -41,6 +41,7 @@ def make_train_step(
     *,
     loss: Loss = weighted_binary_cross_entropy,
     attention_negative_weight: float = 0.0,
+    accumulate_steps: int = 1,
 ) -> TrainStep:
     """Return train_step(state, batch, rate_scale) -> (state, metrics): augment, forward, weighted loss, SGD.
 
@@ -48,30 +49,45 @@ def make_train_step(
     `attention_negative_weight` times the mean of W over the cells of the negatives among them. A network with a map for
     each finding adds the mean loss of the thirteen others (`batch["findings"]`). `metrics` holds `loss`, the sum of
     all, and `healthy`; see `TrainState.healthy` for what a loss or gradient that is not finite does.
+
+    With `accumulate_steps` k > 1 the batch passes through the network in k parts, one by one, in the memory of one.
+    Loss and gradient are still those of the whole batch: every mean is over its rows. Two things differ from k = 1:
+    batch norm normalises with the moments of a part and moves its running averages k times, and dropout draws for each
+    part anew.
     """
 
     def train_step(state: TrainState, batch: Batch, rate_scale: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         images = augment_batch(root_key, state.step, batch, normalization, augment_config)
         dropout_key = jax.random.fold_in(jax.random.fold_in(root_key, DROPOUT), state.step)
 
-        def compute_loss(params: PyTree) -> tuple[jax.Array, PyTree]:
+        num_valid = jnp.sum(batch["mask"])
+        num_negative = jnp.sum(batch["mask"] & (batch["label"] == 0))
+
+        def compute_loss(params: PyTree, batch_stats: PyTree, part: Batch, dropout_key: jax.Array):
             (logits, out), updated = model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
-                images,
+                {"params": params, "batch_stats": batch_stats},
+                part["image"],
                 train=True,
                 mutable=["batch_stats"],
                 rngs={"dropout": dropout_key},
             )
-            value = mean_of_valid(loss(logits, batch["label"], class_weights), batch["mask"])
+            value = mean_of_valid(loss(logits, part["label"], class_weights), part["mask"], num_valid)
             if "finding_logits" in out:
-                others = mean_loss_of_others(loss, out["finding_logits"], batch["findings"])
-                value += mean_of_valid(others, batch["mask"])
+                others = mean_loss_of_others(loss, out["finding_logits"], part["findings"])
+                value += mean_of_valid(others, part["mask"], num_valid)
             if attention_negative_weight:  # Eq. (9) does not see the level of W, so the loss alone asks nothing of it
-                negative = batch["mask"] & (batch["label"] == 0)
-                value += attention_negative_weight * mean_of_valid(jnp.mean(out["attention"], axis=(1, 2, 3)), negative)
+                negative, darkness = part["mask"] & (part["label"] == 0), jnp.mean(out["attention"], axis=(1, 2, 3))
+                value += attention_negative_weight * mean_of_valid(darkness, negative, num_negative)
             return value, updated["batch_stats"]
 
-        (value, batch_stats), grads = jax.value_and_grad(compute_loss, has_aux=True)(state.params)
+        compute_grads = jax.value_and_grad(compute_loss, has_aux=True)
+        inputs = batch | {"image": images}
+        if accumulate_steps == 1:
+            (value, batch_stats), grads = compute_grads(state.params, state.batch_stats, inputs, dropout_key)
+        else:
+            keys = jax.random.split(dropout_key, accumulate_steps)
+            parts = split_batch(inputs, accumulate_steps), keys
+            value, batch_stats, grads = _accumulate(compute_grads, state.params, state.batch_stats, parts)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         updates = jax.tree.map(lambda update: rate_scale * update, updates)
         new_state = state.replace(
@@ -87,9 +103,38 @@ def make_train_step(
     return train_step
 
 
-def mean_of_valid(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Return the mean of values [B] over rows whose mask [B] is True; 0 if there is none."""
-    return jnp.sum(jnp.where(mask, values, 0)) / jnp.maximum(jnp.sum(mask), 1)
+def _accumulate(
+    compute_grads: Callable[..., tuple[tuple[jax.Array, PyTree], PyTree]],
+    params: PyTree,
+    batch_stats: PyTree,
+    parts: tuple[Batch, jax.Array],
+) -> tuple[jax.Array, PyTree, PyTree]:
+    """Return the sum of the parts' losses, the running averages after the last, and the sum of the gradients."""
+
+    def add(carry: tuple[PyTree, PyTree], part: tuple[Batch, jax.Array]) -> tuple[tuple[PyTree, PyTree], jax.Array]:
+        batch_stats, grads = carry
+        (value, batch_stats), new = compute_grads(params, batch_stats, *part)
+        return (batch_stats, jax.tree.map(jnp.add, grads, new)), value
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    (batch_stats, grads), values = jax.lax.scan(add, (batch_stats, zeros), parts)
+    return jnp.sum(values), batch_stats, grads
+
+
+def split_batch(batch: Batch, num_parts: int) -> Batch:
+    """Return arrays [B, ...] as [num_parts, B / num_parts, ...], part i holding rows i, i + num_parts, ...
+
+    So every device, which holds neighbouring rows, keeps its share of every part.
+    """
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, num_parts, *x.shape[1:]), 0, 1), batch)
+
+
+def mean_of_valid(values: jax.Array, mask: jax.Array, num_valid: jax.Array) -> jax.Array:
+    """Return the sum of values [B] over rows whose mask [B] is True, divided by `num_valid`; 0 if that is 0.
+
+    `num_valid` is the number of such rows, in the whole batch if this is a part of it.
+    """
+    return jnp.sum(jnp.where(mask, values, 0)) / jnp.maximum(num_valid, 1)
 
 
 def make_eval_step(model: CardioXAttentionNet, normalization: str) -> Callable[[PyTree, Any], dict[str, jax.Array]]:

@@ -1,5 +1,6 @@
 """train_and_evaluate: the story of a run. The only file that loops over epochs."""
 
+import contextlib
 import json
 import logging
 import pathlib
@@ -11,15 +12,16 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from cxa_jax import figures
+from cxa_jax import figures, interruption
 from cxa_jax.array_types import Batch
-from cxa_jax.checkpointing import Checkpoints
+from cxa_jax.checkpointing import Checkpoints, read_first
 from cxa_jax.console import progress_bar
 from cxa_jax.data.pipeline import make_train_iterator, steps_per_epoch
+from cxa_jax.device_memory import naming_exhaustion
 from cxa_jax.distributed import writable
 from cxa_jax.errors import UserError
 from cxa_jax.evaluate import compute_loss, evaluate_split
-from cxa_jax.metric_writer import MetricWriter, write_history
+from cxa_jax.metric_writer import MetricWriter, count_rows
 from cxa_jax.metrics import compute_auroc
 from cxa_jax.outputs import write_outputs
 from cxa_jax.progress import Progress
@@ -49,11 +51,12 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
       What was written to metrics.json.
 
     Raises:
-      UserError: config, data or workdir cannot be used, or the loss stopped being finite; the message has the cure.
+      UserError: config, data or workdir cannot be used, the loss stopped being finite, or memory or disk is full; the
+        message has the cure.
+      Interrupted: a signal asked the process to end, and the state is saved.
     """
     check_compute_type(config.model.dtype)
-    folder = open_workdir(workdir)
-    with writable(folder) as output:
+    with open_workdir(workdir) as folder, writable(folder) as output:
         log_to_file(output)
         run = create_run(config)
         log_run(run)
@@ -63,35 +66,52 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
 
 def train(run: Run, folder: pathlib.Path, output: pathlib.Path) -> None:
     """Train to the config's end, from where the checkpoints of `folder` stand; other files are written to `output`."""
-    with Checkpoints(folder, "latest", num_kept=2) as latest, Checkpoints(folder, "best") as best:
-        state, progress, iterator = start_or_resume(run, output, latest)
+    with Checkpoints(folder, "latest") as latest, Checkpoints(folder, "best") as best:
+        state, progress, iterator = start_or_resume(run, output, latest, best)
         if progress.epoch == 0:
             figures.save_augmentation_grid(run, output / "augmentation.png")
-        with MetricWriter(output, first_step=int(state.step) + 1, data=run.dataset.description) as writer:
+        # Of several processes each would stop at another step: there a signal ends the run where it stands.
+        waiting = interruption.held_back() if jax.process_count() == 1 else contextlib.nullcontext()
+        with MetricWriter(output, progress.history, run.dataset.description) as writer, waiting:
             while progress.epoch < run.config.train.num_epochs and not progress.early_stop.stop:
                 state, progress = train_epoch(run, state, progress, iterator, latest)
-                progress = end_epoch(run, state, progress)
+                try:
+                    progress = end_epoch(run, state, progress)
+                except interruption.Interrupted:  # on the dev split: the epoch's steps are not lost
+                    latest.save(state, make_meta(run, progress, iterator))
+                    raise
                 if progress.best_step == int(state.step):
                     best.save(state, make_meta(run, progress, iterator))
                     best.wait()  # the best is on disk before a newer latest can point to it
-                writer.write(list(progress.history))  # first: a cut between the two writes the same row again
+                writer.write(progress.history)  # first: a cut between the two writes the same row again
                 latest.save(state, make_meta(run, progress, iterator))
 
 
-def start_or_resume(run: Run, folder: pathlib.Path, latest: Checkpoints) -> tuple[TrainState, Progress, Any]:
-    """Return state, progress and iterator: the workdir's newest ones if it has any, else new ones.
+def start_or_resume(
+    run: Run, folder: pathlib.Path, latest: Checkpoints, best: Checkpoints
+) -> tuple[TrainState, Progress, Any]:
+    """Return state, progress and iterator: the workdir's newest sound ones if it has any, else new ones.
+
+    The best state can be gone on from as well: it is taken where no latest one is sound.
 
     Raises:
       UserError: the workdir holds another run.
     """
-    meta = latest.read_meta()  # first alone: another network's arrays would not fit the mould
+    meta = read_first(
+        Checkpoints.read_meta, latest, best
+    )  # first alone: another network's arrays would not fit the mould
     changes = check_same_run(meta, run.config, run.dataset.fingerprint, folder) if meta else []
     write_atomically(folder / "config.json", run.config.to_json_best_effort(indent=2) + "\n")
     append_environment(folder, run.dataset.name)
-    restored = latest.restore(run.abstract_state) if meta else None
+    restored = read_first(lambda store: store.restore(run.abstract_state), latest, best) if meta else None
+    known = count_rows(folder / "metrics.csv")
     split, size = run.dataset.splits["train"], run.config.train.batch_size
     options = {"batch_size": size, "seed": run.config.seed, "own_rows": own_rows(size, run.mesh)}
     if restored is None:
+        if known:
+            log.warning(
+                "%s tells of %d epochs, but there is no checkpoint: starting anew", folder / "metrics.csv", known
+            )
         iterator = make_train_iterator(split, run.config.data, **options)
         with compiling_train_step(run):
             state = run.create_state()
@@ -106,7 +126,10 @@ def start_or_resume(run: Run, folder: pathlib.Path, latest: Checkpoints) -> tupl
     iterator = make_train_iterator(split, run.config.data, **options, start_step=position)
     if not changes:
         iterator.set_state(json.loads(meta["iterator"]))
-    write_history(folder / "metrics.csv", list(progress.history))
+    if known > progress.epoch:
+        log.warning(
+            "metrics.csv tells of %d epochs, the checkpoint of %d: the rest is done again", known, progress.epoch
+        )
     log.info("resuming %s at step %d, epoch %d", folder, int(state.step), progress.epoch + 1)
     for change in changes:
         log.warning("resumed with a change: %s", change)
@@ -131,6 +154,9 @@ def train_epoch(
     """Train to the end of the epoch under way.
 
     A step's metrics are fetched while the device works on the next step, so the host never holds it up.
+
+    Raises:
+      Interrupted: a signal asked the process to end; the state after the step under way is saved.
     """
     train, pending = run.config.train, None
     num_steps = steps_per_epoch(run.dataset.splits["train"], run.config.data, train.batch_size)
@@ -139,7 +165,12 @@ def train_epoch(
     started = progress.epoch_step * train.batch_size
     if progress.epoch_step == num_steps:
         return state, progress
-    with progress_bar(num_steps * train.batch_size, title, initial=started) as bar:
+    memory = naming_exhaustion(
+        f"config.train.batch_size={train.batch_size} in {train.accumulate_steps} part(s)",
+        f"set --config.train.accumulate_steps={2 * train.accumulate_steps}, or a smaller --config.train.batch_size, or "
+        "--config.train.remat=True (the last leaves every number as it is)",
+    )
+    with memory, progress_bar(num_steps * train.batch_size, title, initial=started) as bar:
         for epoch_step in range(progress.epoch_step, num_steps):
             batch = next(iterator)
             on_device = put_batch(run.select_inputs(batch), run.mesh)
@@ -147,9 +178,11 @@ def train_epoch(
             if pending is not None:
                 progress = _fetch(run, state, progress, pending, latest, bar)
             pending = batch, metrics
-            if train.checkpoint_every_steps and (epoch_step + 1) % train.checkpoint_every_steps == 0:
+            due = train.checkpoint_every_steps and (epoch_step + 1) % train.checkpoint_every_steps == 0
+            if due or interruption.is_asked():
                 progress, pending = _fetch(run, state, progress, pending, latest, bar), None
                 latest.save(state, make_meta(run, progress, iterator))
+                interruption.check()
         if pending is not None:
             progress = _fetch(run, state, progress, pending, latest, bar)
     return state, progress

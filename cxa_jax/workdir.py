@@ -1,5 +1,6 @@
 """The folder of a run: what lies where, what shaped the run, and whether a resumed run is still the same run."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -10,14 +11,19 @@ import pathlib
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from cxa_jax.atomic_files import replace_when_written
+from configs import common
+from cxa_jax.atomic_files import remove_leftovers, replace_when_written
+from cxa_jax.distributed import is_first
 from cxa_jax.errors import UserError
+from cxa_jax.file_lock import lock_file
 
+LOCK_FILE = ".lock"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy", "clu")
 
 # Fields that do not shape a result: where data lie, how many readers, how long to go on, how to evaluate.
@@ -73,11 +79,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def open_workdir(workdir: str | os.PathLike) -> pathlib.Path:
-    """Create the folder if need be and return it as an absolute path.
+@contextlib.contextmanager
+def open_workdir(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Create the folder if need be, hold it against other processes, and yield it as an absolute path.
 
     Raises:
-      UserError: it cannot be created or written.
+      UserError: it cannot be created or written, or another process holds it.
     """
     path = pathlib.Path(workdir).expanduser().absolute()
     try:
@@ -87,7 +94,16 @@ def open_workdir(workdir: str | os.PathLike) -> pathlib.Path:
     if not os.access(path, os.W_OK):
         raise UserError(f"--workdir={path} cannot be written; choose another")
     refuse_outward_links(path)
-    return path
+    if not is_first():  # the first process holds it for all
+        yield path
+        return
+
+    def refuse(holder: str) -> None:
+        raise UserError(f"--workdir={path} is in use by {holder}; wait until it ends, or choose another")
+
+    with lock_file(path / LOCK_FILE, refuse):
+        remove_leftovers(path)
+        yield path
 
 
 def refuse_outward_links(folder: pathlib.Path) -> None:
@@ -182,10 +198,13 @@ def describe_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def check_same_run(meta: dict[str, Any], config: ConfigDict, fingerprint: str, workdir: pathlib.Path) -> list[str]:
     """Return the differences between a checkpoint's run and this one, if resuming is allowed all the same.
 
+    Fields that are younger than the run had their defaults.
+
     Raises:
       UserError: config or data differ and config.train.resume_changed is False, or the network is another one.
     """
-    changes = describe_changes(meta["config"], flatten_config(config))
+    younger = flatten_config(common.get_config(config.name, config.model.backbone))
+    changes = describe_changes(younger | meta["config"], flatten_config(config))
     other_network = [change for change in changes if change.startswith(NETWORK_FIELDS)]
     if other_network:
         raise UserError(f"{workdir} holds another network; choose another --workdir:\n  " + "\n  ".join(other_network))

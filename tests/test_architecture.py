@@ -10,7 +10,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import from its own floor and below.
 FLOORS = [
-    {"errors", "array_types", "atomic_files", "console", "findings", "hlo", "usage", "distributed"},
+    {"errors", "array_types", "interruption", "file_lock", "digests", "device_memory"},
+    {"atomic_files", "console", "findings", "hlo", "usage", "distributed"},
     {"pooling", "losses", "metrics", "heat_maps", "boxes", "predictions", "optimizer", "workdir"},
     {"weighted_statistics"},
     {"evidence", "statistics", "calibration", "thumbnail"},

@@ -134,5 +134,6 @@ def test_the_class_activation_map_of_an_average_adds_up_to_the_logit(parts):
 
 def test_mean_of_valid():
     values, mask = jnp.array([1.0, jnp.nan, 4.0]), jnp.array([True, False, True])
-    assert float(mean_of_valid(values, mask)) == 2.5
-    assert float(mean_of_valid(values, jnp.zeros(3, bool))) == 0
+    assert float(mean_of_valid(values, mask, 2)) == 2.5
+    assert float(mean_of_valid(values, mask, 5)) == 1
+    assert float(mean_of_valid(values, jnp.zeros(3, bool), 0)) == 0

@@ -115,8 +115,6 @@ def prepare(data_config: ConfigDict) -> None:
         UserError: if a parameter is out of its range, or too few patients are of one class to fill the splits.
     """
     builder = create_builder(data_config)
-    for leftover in builder.data_path.parent.glob("incomplete.*"):
-        log.warning("%s: left by an interrupted preparation, never read; delete it", leftover)
     if builder.is_prepared():
         log.info("already prepared: %s", builder.data_path)
         return

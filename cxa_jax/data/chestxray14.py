@@ -152,8 +152,6 @@ def prepare(data_config: ConfigDict) -> None:
         other files.
     """
     builder = create_builder(data_config)
-    for leftover in builder.data_path.parent.glob("incomplete.*"):
-        log.warning("%s: left by an interrupted preparation, never read; delete it", leftover)
     if builder.is_prepared():
         log.info("already prepared: %s", builder.data_path)
         _check_same_inputs(builder)

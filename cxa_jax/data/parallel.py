@@ -60,7 +60,8 @@ def ordered_map(function: Callable[[Any], Any], tasks: Iterable[Any], num_worker
 
 def serve() -> None:
     """Be a worker: read a function and its tasks from standard input, write the outcomes to standard output."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; its end closes our input
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent's to handle; its end closes our input
+        signal.signal(number, signal.SIG_IGN)
     outcomes = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a task prints must not get between the outcomes
     function = pickle.load(sys.stdin.buffer)

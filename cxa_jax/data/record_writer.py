@@ -2,13 +2,19 @@
 
 import contextlib
 import io
+import logging
 import os
+import pathlib
+import shutil
 from collections.abc import Iterable
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from cxa_jax.errors import UserError
+from cxa_jax.file_lock import lock_file
+
+log = logging.getLogger(__name__)
 
 
 class RepeatableWriter(tfds.core.ExampleWriter):
@@ -26,12 +32,19 @@ def _order_fields(record: bytes) -> bytes:
 def write_records(builder: tfds.core.DatasetBuilder) -> None:
     """Prepare `builder` on disk: all of it or nothing, and without TFDS' talk of downloads, for there are none.
 
+    Of two processes that prepare the same, the second waits and then finds it there. What a killed one left is removed.
+
     Raises:
       UserError: the folder cannot be written.
     """
+    folder = pathlib.Path(builder.data_path).parent
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock_file(folder / ".lock", lambda holder: log.info("%s prepares %s: waiting", holder, builder.data_path)):
+            for leftover in folder.glob("incomplete.*"):
+                log.info("removing %s, left by an interrupted preparation", leftover)
+                shutil.rmtree(leftover)
+            with contextlib.redirect_stdout(io.StringIO()):
+                builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
     except OSError as error:
-        if not builder.is_prepared():  # else another process prepared the same meanwhile
-            raise UserError(f"config.data.data_dir: cannot write {builder.data_path}: {error}") from error
+        raise UserError(f"config.data.data_dir: cannot write {builder.data_path}: {error}") from error

@@ -1,0 +1,104 @@
+"""SIGTERM and SIGINT: the first asks, and work ends where nothing is half done; a second one stops at once.
+
+Shared machines send SIGTERM some seconds before they take a job away. Most work may end anywhere, since its files are
+whole or not there: `Interrupted` is raised under its feet. Training holds the signal back and asks for it after each
+step, which costs one attribute's reading and no wait for the device.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+log = logging.getLogger(__name__)
+
+RESUMABLE = 75  # exit status, EX_TEMPFAIL of sysexits.h: the same command later goes on
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SAME_NOTICE_S = 1.0  # one notice may come twice: to the process group, and passed on by a launcher
+
+
+class Interrupted(BaseException):
+    """A signal asked this process to end; no Exception, so that only the way out catches it."""
+
+
+class _Notice:
+    """What the signal handler and the rest of the process share."""
+
+    asked: str | None = None  # the signal's name
+    num_holders: int = 0
+
+
+_notice = _Notice()
+
+
+def is_asked() -> bool:
+    """Say whether a signal has asked the process to end."""
+    return _notice.asked is not None
+
+
+def check() -> None:
+    """Raise Interrupted if a signal has asked the process to end: for loops in which nothing is lost."""
+    if _notice.asked:
+        raise Interrupted(_notice.asked)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Raise nothing by itself inside; the body asks by `is_asked` or `check`. At its end, `check`."""
+    _notice.num_holders += 1
+    try:
+        yield
+    finally:
+        _notice.num_holders -= 1
+    check()
+
+
+@contextlib.contextmanager
+def end_on_signal() -> Iterator[None]:
+    """Make the first SIGTERM or SIGINT raise Interrupted in the main thread, and a later one end the process.
+
+    The process ends with status 128 + the signal's number then, even while the main thread is inside a library. Signals
+    within a second of the first are the same notice. A signal that is ignored, as under nohup, stays so.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    _notice.asked, _notice.num_holders = None, 0
+    former_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    former = {
+        number: signal.signal(number, _handle) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN
+    }
+    threading.Thread(target=_watch, args=(reader,), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(former_fd)
+        for number, handler in former.items():
+            signal.signal(number, handler)
+        os.close(writer)  # ends the thread
+        _notice.asked = None
+
+
+def _handle(number: int, _: object) -> None:
+    if _notice.asked:
+        return  # what the first one started must not be cut by its echo
+    _notice.asked = signal.Signals(number).name
+    if not _notice.num_holders:
+        check()
+
+
+def _watch(reader: int) -> None:
+    """Tell of the first signal at once, end the process at a later one; Python's own handlers wait for the library."""
+    first = None
+    with os.fdopen(reader, "rb", buffering=0) as numbers:
+        while byte := numbers.read(1):
+            if byte[0] not in SIGNALS:
+                continue
+            if first is None:
+                first = time.monotonic()
+                name = signal.Signals(byte[0]).name
+                log.warning("%s: ending where nothing is lost; a second signal stops at once", name)
+            elif time.monotonic() - first > SAME_NOTICE_S:
+                os._exit(128 + byte[0])
