@@ -24,6 +24,8 @@ class _Handler(logging.Handler):
 def log_to_console() -> None:
     """Show the package's log from INFO up, and errors of the others."""
     absl_logging.set_verbosity(absl_logging.ERROR)  # orbax and TFDS tell a lot
+    # A save that fails is told in one message by `Checkpoints`; orbax prints a traceback from each of its threads.
+    absl_logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
     logger = logging.getLogger("cxa_jax")
     logger.setLevel(logging.INFO)
     logger.propagate = False

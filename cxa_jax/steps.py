@@ -78,7 +78,7 @@ def make_train_step(
             if attention_negative_weight:  # Eq. (9) does not see the level of W, so the loss alone asks nothing of it
                 negative, darkness = part["mask"] & (part["label"] == 0), jnp.mean(out["attention"], axis=(1, 2, 3))
                 value += attention_negative_weight * mean_of_valid(darkness, negative, num_negative)
-            return value, updated["batch_stats"]
+            return value, updated.get("batch_stats", {})
 
         compute_grads = jax.value_and_grad(compute_loss, has_aux=True)
         inputs = batch | {"image": images}

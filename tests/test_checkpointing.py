@@ -1,5 +1,6 @@
 """Checkpoints: what comes back is what went in; damage falls back to an older one, and says so."""
 
+import errno
 import logging
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cxa_jax.checkpointing import Checkpoints, load_backbone
+from cxa_jax.checkpointing import Checkpoints, load_backbone, read_first
 from cxa_jax.errors import UserError
 from cxa_jax.train_state import TrainState
 
@@ -84,6 +85,85 @@ def test_damage_falls_back_to_the_older_and_says_so(tmp_path, caplog):
     with Checkpoints(tmp_path, "latest", num_kept=2) as checkpoints:
         with pytest.raises(UserError, match="no checkpoint can be read"):
             checkpoints.restore(abstract(make_state(0)))
+
+
+def test_no_flipped_bit_is_taken_for_what_was_saved(tmp_path):
+    """Of any file of a checkpoint: what comes back is exactly what was saved, from this step or the one before."""
+    meta = {"rows": [{"loss": 0.123456789, "step": 12345}], "config": {"x": 1000}}
+    with Checkpoints(tmp_path, "latest") as checkpoints:
+        checkpoints.save(make_state(1), {"step": 1})
+        checkpoints.save(make_state(2), meta)
+    expected = {1: (make_state(1), {"step": 1}), 2: (make_state(2), meta)}
+    rng, fallen = np.random.default_rng(), 0
+    files = [path for path in (tmp_path / "checkpoints/latest/2").rglob("*") if path.is_file() and path.stat().st_size]
+    metadata = [path for path in files if path.parent.name == "meta"]
+    for path in [*files, *metadata * 5]:
+        sound = path.read_bytes()
+        bits = np.unpackbits(np.frombuffer(sound, np.uint8))
+        bits[rng.integers(len(bits))] ^= 1
+        path.write_bytes(np.packbits(bits).tobytes())
+        with Checkpoints(tmp_path, "latest", read_only=True) as checkpoints:
+            state, found = checkpoints.restore(abstract(make_state(0)))
+        path.write_bytes(sound)
+        wanted, wanted_meta = expected[int(state.step)]
+        jax.tree.map(np.testing.assert_array_equal, state, wanted)
+        assert found == wanted_meta, path
+        fallen += int(state.step) == 1
+    assert fallen >= 5
+
+
+@pytest.mark.parametrize("item", ["params", "meta"])
+def test_content_that_reads_well_and_is_not_what_was_saved_is_damage(tmp_path, item, monkeypatch):
+    with Checkpoints(tmp_path, "latest") as checkpoints:
+        checkpoints.save(make_state(1), {"a": 1})
+        name = {"params": "digest_arrays", "meta": "digest_json"}[item]
+        monkeypatch.setattr(f"cxa_jax.checkpointing.{name}", lambda _: "another")
+        with pytest.raises(UserError, match=f"(?s)no checkpoint can be read.*{item}.*SHA-256 differs"):
+            checkpoints.restore(abstract(make_state(0)))
+
+
+def test_a_checkpoint_of_before_digests_is_read(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path, "latest") as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr("cxa_jax.checkpointing.DIGESTS", "other")
+            checkpoints.save(make_state(1), {"a": 1})
+        assert checkpoints.restore(abstract(make_state(0)))[1]["a"] == 1
+
+
+def test_a_full_disk_is_one_message_and_the_state_before_stays(tmp_path, monkeypatch):
+    """As orbax's own thread meets it, in place of a file system's answer."""
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Checkpoints(tmp_path, "latest") as checkpoints:
+        checkpoints.save(make_state(1), {})
+        checkpoints.wait()
+    monkeypatch.setattr("etils.epath.abstract_path.Path.write_text", fail)
+    with pytest.raises(UserError, match="(?s)cannot be written to .*No space left on device.*make room"):
+        with Checkpoints(tmp_path, "latest") as checkpoints:
+            checkpoints.save(make_state(2), {})
+    monkeypatch.undo()
+    with Checkpoints(tmp_path, "latest", read_only=True) as checkpoints:
+        state, _ = checkpoints.restore(abstract(make_state(0)))
+    jax.tree.map(np.testing.assert_array_equal, state, make_state(1))
+
+
+def test_the_first_store_with_anything_sound_is_taken(tmp_path, caplog):
+    with Checkpoints(tmp_path, "latest") as latest, Checkpoints(tmp_path, "best") as best:
+        assert read_first(Checkpoints.read_meta, latest, best) is None
+        best.save(make_state(1), {"of": "best"})
+        best.wait()
+        assert read_first(Checkpoints.read_meta, latest, best) == {"of": "best"}
+        assert "nothing sound in" in caplog.text
+        latest.save(make_state(2), {"of": "latest"})
+        latest.wait()
+        assert read_first(Checkpoints.read_meta, latest, best) == {"of": "latest"}
+        damage(latest.directory)
+        assert read_first(Checkpoints.read_meta, latest, best) == {"of": "best"}
+        damage(best.directory)
+        with pytest.raises(UserError, match="no checkpoint can be read"):
+            read_first(Checkpoints.read_meta, latest, best)
 
 
 def test_a_reader_changes_nothing(tmp_path):

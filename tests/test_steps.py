@@ -1,10 +1,14 @@
 """One training step against its parts written out, and what masks, NaN and the evaluation step do."""
 
+from functools import partial
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from ml_collections import ConfigDict
 
 from cxa_jax.data.augment import normalize_images, to_rgb
 from cxa_jax.evidence import linearized_evidence
@@ -12,7 +16,7 @@ from cxa_jax.losses import weighted_binary_cross_entropy
 from cxa_jax.models.cxa import CardioXAttentionNet
 from cxa_jax.optimizer import create_optimizer
 from cxa_jax.steps import make_eval_step, make_train_step, mean_of_valid
-from cxa_jax.train_state import create_train_state
+from cxa_jax.train_state import TrainState, create_train_state
 
 WEIGHTS = (0.6, 2.0)
 
@@ -106,6 +110,70 @@ def test_same_keys_same_step_other_step_other_augmentation():
     batch = {"image": image, "label": np.array([0, 1, 0, 1], np.int32), "mask": np.ones(4, bool)}
     losses = [float(step(state.replace(step=jnp.int32(n)), batch, np.float32(1))[1]["loss"]) for n in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
+
+
+class Least(nn.Module):
+    """The least network of the right shape: no dropout, and batch norm only if asked."""
+
+    has_statistics: bool = False
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        features = nn.elu(nn.Conv(4, (5, 5), strides=4, param_dtype=images.dtype)(images))
+        if self.has_statistics:
+            features = nn.BatchNorm(use_running_average=not train)(features)
+        attention = nn.sigmoid(nn.Conv(1, (1, 1), param_dtype=images.dtype)(features))
+        logits = nn.Dense(1, param_dtype=images.dtype)(jnp.mean(attention * features, axis=(1, 2)))[:, 0]
+        return logits, {"attention": attention}
+
+
+def draw_batch(rng, batch_size):
+    return {
+        "image": rng.integers(0, 256, (batch_size, 16, 16, 1)).astype(np.uint8),
+        "label": rng.integers(0, 2, batch_size).astype(np.int32),
+        "mask": rng.random(batch_size) < 0.7,
+    }
+
+
+@pytest.mark.parametrize("num_parts", [2, 6])
+def test_a_batch_in_parts_is_the_batch_without_batch_statistics(num_parts):
+    """In float64, where only rounding may differ: loss, class weights and both means are over the whole batch."""
+    with jax.enable_x64(True):
+        model, tx, config = Least(), create_optimizer(0.1, 0.9), tiny.make_config(**{"augment.shift": 0.2})
+        params = model.init(jax.random.key(1), jnp.zeros((1, 16, 16, 3), jnp.float64))["params"]
+        state = TrainState(jnp.int32(4), jnp.bool_(True), params, {}, tx.init(params))
+        options = {"attention_negative_weight": 3.0}
+        make = partial(make_train_step, model, tx, jax.random.key(0), WEIGHTS, "min_max", config.augment, **options)
+        batch = draw_batch(np.random.default_rng(), 12)
+        whole, metrics = jax.jit(make())(state, batch, np.float64(0.3))
+        parts, metrics_of_parts = jax.jit(make(accumulate_steps=num_parts))(state, batch, np.float64(0.3))
+    assert float(metrics["loss"]) == pytest.approx(float(metrics_of_parts["loss"]), rel=1e-12)
+    close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12)
+    jax.tree.map(close, parts, whole)
+    moved = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - b).max()), whole.params, state.params)
+    assert min(jax.tree.leaves(moved)) > 1e-7
+
+
+def test_parts_have_their_own_batch_statistics():
+    """What batch norm makes of two parts: the loss of each with its own moments, averages moved part by part."""
+    model, tx = Least(has_statistics=True), create_optimizer(0.1, 0.9)
+    state = create_train_state(jax.random.key(1), model, tx, 16)
+    batch = draw_batch(np.random.default_rng(), 6)
+    batch["mask"] = np.array([True, True, False, True, True, True])
+    augmentation = ConfigDict({"enabled": False})
+    step = make_train_step(model, tx, jax.random.key(0), WEIGHTS, "min_max", augmentation, accumulate_steps=2)
+    new_state, metrics = jax.jit(step)(state, batch, np.float32(1))
+    apply = jax.jit(lambda variables, images: model.apply(variables, images, train=True, mutable=["batch_stats"]))
+    variables, total = state.variables, 0.0
+    for rows in (slice(0, None, 2), slice(1, None, 2)):
+        images = to_rgb(normalize_images(batch["image"][rows], "min_max"), "min_max")
+        (logits, _), updated = apply(variables, images)
+        losses = weighted_binary_cross_entropy(logits, batch["label"][rows], WEIGHTS)
+        total += float(losses[batch["mask"][rows]].sum()) / 5
+        variables = variables | updated
+    assert float(metrics["loss"]) == pytest.approx(total, rel=1e-5)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)  # noqa: E731
+    jax.tree.map(close, new_state.batch_stats, variables["batch_stats"])
 
 
 def test_eval_step_gives_logits_attention_and_evidence(parts):

@@ -1,9 +1,11 @@
 """Whole runs of a tiny network: resume after real kills, NaN, one compilation, refusals, what is left behind."""
 
 import csv
+import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from cxa_jax import run as run_module
 from cxa_jax import train
 from cxa_jax.checkpointing import Checkpoints
 from cxa_jax.errors import UserError
+from cxa_jax.interruption import Interrupted, end_on_signal
 from cxa_jax.outputs import evaluate
 
 PROGRAM = pathlib.Path(tiny.__file__)
@@ -59,11 +62,8 @@ def assert_same_run(a, b):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
-@pytest.mark.parametrize(
-    "kills",
-    [(4, 1, 7), pytest.param((0,), marks=pytest.mark.slow), pytest.param((16,), marks=pytest.mark.slow)],
-    ids=str,
-)
+@pytest.mark.slow  # test_chaos.py kills the real command, at places that are worse
+@pytest.mark.parametrize("kills", [(4, 1, 7), (0,), (16,)], ids=str)
 def test_killed_run_equals_uncut_run(uncut, tmp_path, kills):
     """18 steps in all, 6 an epoch; each number is how many steps a process survives."""
     for kill in kills:
@@ -175,6 +175,68 @@ def test_nan_stops_with_step_rate_and_ids_and_keeps_the_last_good_state(tmp_path
     assert f"step {int(state.step)} " in message
     assert meta["progress"]["epoch_step"] == int(state.step)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.params)))
+
+
+def test_a_signal_saves_the_step_and_the_run_goes_on_bit_for_bit(uncut, tmp_path, monkeypatch):
+    """The first signal comes inside an epoch, the second while dev is predicted."""
+    config, evaluate_split = tiny.make_config(), train.evaluate_split
+    fetch, signals = train._fetch, iter([signal.SIGTERM])
+
+    def interrupting_fetch(run, state, progress, *rest):
+        if progress.epoch_step == 2:
+            for number in signals:
+                os.kill(os.getpid(), number)
+        return fetch(run, state, progress, *rest)
+
+    def interrupting_evaluation(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return evaluate_split(*args, **kwargs)
+
+    monkeypatch.setattr(train, "_fetch", interrupting_fetch)
+    with pytest.raises(Interrupted, match="SIGTERM"), end_on_signal():
+        train.train_and_evaluate(config, str(tmp_path))
+    assert read_arrays(tmp_path, "latest")[1]["progress"]["epoch_step"] == 4  # one was on the device, one more follows
+    monkeypatch.setattr(train, "evaluate_split", interrupting_evaluation)
+    with pytest.raises(Interrupted, match="SIGINT"), end_on_signal():
+        train.train_and_evaluate(config, str(tmp_path))
+    _, meta = read_arrays(tmp_path, "latest")
+    assert meta["progress"]["epoch_step"] == 6 and meta["progress"]["epoch"] == 0
+    monkeypatch.setattr(train, "evaluate_split", evaluate_split)
+    train.train_and_evaluate(config, str(tmp_path))
+    assert_same_run(uncut, tmp_path)
+
+
+def test_a_lost_latest_is_gone_on_from_the_best_and_a_lost_best_is_said(uncut, tmp_path, caplog):
+    shutil.copytree(uncut, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/latest")
+    train.train_and_evaluate(tiny.make_config(), str(tmp_path / "run"))
+    assert "nothing sound in" in caplog.text
+    for name in ("metrics.csv", "predictions_test.csv"):
+        assert (tmp_path / "run" / name).read_bytes() == (uncut / name).read_bytes()
+    steps = sorted((tmp_path / "run/checkpoints/best").iterdir(), key=lambda path: int(path.name))
+    if len(steps) == 2:  # else the first epoch was the best
+        shutil.rmtree(steps[1])
+        train.train_and_evaluate(tiny.make_config(), str(tmp_path / "run"))
+        assert f"the state of the lowest dev loss, of step {steps[1].name}, is lost" in caplog.text
+
+
+def test_a_full_device_says_which_batch_was_tried(tmp_path, monkeypatch):
+    create_run = train.create_run
+
+    def create_full(config):
+        run = create_run(config)
+        full = lambda *_: jax.block_until_ready(jax.jit(lambda: jax.numpy.ones((2**48,)))())  # noqa: E731
+        return dataclasses.replace(run, train_step=full)
+
+    monkeypatch.setattr(train, "create_run", create_full)
+    with pytest.raises(UserError, match=r"(?s)batch_size=8 in 1 part.*accumulate_steps=2.*RESOURCE_EXHAUSTED"):
+        train.train_and_evaluate(tiny.make_config(), str(tmp_path))
+
+
+def test_evaluate_says_that_the_data_are_others(uncut, monkeypatch):
+    monkeypatch.setattr(run_module, "load_dataset", lambda config: tiny.make_dataset(seed=5))
+    with pytest.raises(UserError, match="data fingerprint: fingerprint0 -> fingerprint5"):
+        evaluate(tiny.make_config(), str(uncut))
 
 
 def test_evaluate_at_another_size(uncut, monkeypatch):

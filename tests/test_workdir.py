@@ -1,6 +1,7 @@
 """The run folder: strict JSON, atomic files, and which changes make another run of it."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -34,9 +35,32 @@ def test_write_is_all_or_nothing(tmp_path):
 
 def test_workdir_must_be_creatable(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--workdir="):
-        open_workdir(tmp_path / "file" / "run")
-    assert open_workdir(tmp_path / "ünï code").is_dir()
+    with pytest.raises(UserError, match="--workdir="), open_workdir(tmp_path / "file" / "run"):
+        pass
+    with open_workdir(tmp_path / "ünï code") as folder:
+        assert folder.is_dir()
+
+
+def test_a_workdir_is_one_process_s_and_what_killed_ones_left_goes(tmp_path):
+    (tmp_path / "metrics.csv.4711.tmp").write_text("half a r")
+    (tmp_path / "mine.tmp").write_text("of the user")
+    with open_workdir(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "mine.tmp"]
+        with pytest.raises(UserError, match=f"in use by process {os.getpid()} on .*choose another"):
+            with open_workdir(tmp_path):
+                pass
+    with open_workdir(tmp_path):
+        pass
+
+
+def test_a_field_that_is_younger_than_the_run_had_its_default(tmp_path):
+    config = dense121.get_config()
+    meta = make_meta(config)
+    del meta["config"]["train.accumulate_steps"]
+    assert check_same_run(meta, config, "f", tmp_path) == []
+    config.train.accumulate_steps = 2
+    with pytest.raises(UserError, match="train.accumulate_steps: 1 -> 2"):
+        check_same_run(meta, config, "f", tmp_path)
 
 
 def test_environment_names_versions_and_commit():
