@@ -64,7 +64,7 @@ def measure(image_size: int, num_dev_images: int, num_epochs: int) -> dict[str, 
     evals = -(-len(dataset.splits["dev"].source) // eval_size)
     run = dataclasses.replace(run, train_step=Timed(run.train_step), eval_step=Timed(run.eval_step))
     with tempfile.TemporaryDirectory() as folder:
-        train(run, pathlib.Path(folder))
+        train(run, pathlib.Path(folder), pathlib.Path(folder))
     starts, ends = np.array(run.train_step.spans).T.reshape(2, num_epochs, steps)
     evaluation = np.diff(np.array(run.eval_step.spans)).reshape(num_epochs, evals).sum(axis=1)[:-1]
     gaps = starts[1:, 0] - ends[:-1, -1]

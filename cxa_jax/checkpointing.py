@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from cxa_jax.array_types import PyTree
 from cxa_jax.digests import digest_arrays, digest_json
 from cxa_jax.errors import UserError
-from cxa_jax.sharding import put_replicated
+from cxa_jax.sharding import put
 from cxa_jax.train_state import TrainState
 
 log = logging.getLogger(__name__)
@@ -102,8 +102,8 @@ class Checkpoints:
         def restore_step(step: int) -> tuple[TrainState, dict[str, Any]]:
             items = self._read(step, {name: getattr(abstract, name) for name in ARRAYS})
             counters = {
-                "step": put_replicated(np.int32(step), abstract.step.sharding.mesh),
-                "healthy": put_replicated(np.bool_(True), abstract.healthy.sharding.mesh),
+                "step": put(np.int32(step), abstract.step.sharding),
+                "healthy": put(np.bool_(True), abstract.healthy.sharding),
             }
             meta = items.pop("meta")
             return TrainState(**counters, **items), meta

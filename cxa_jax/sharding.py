@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from cxa_jax.array_types import PyTree
 from cxa_jax.errors import UserError
@@ -47,15 +47,16 @@ def own_rows(batch_size: int, mesh: Mesh) -> np.ndarray | None:
 
 def put_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     """Copy a host batch to the devices, without waiting; of several processes each copies its own rows."""
-    return _put(batch, split(mesh))
+    return put(batch, split(mesh))
 
 
 def put_replicated(tree: PyTree, mesh: Mesh) -> PyTree:
     """Copy arrays, the same in every process, to all devices."""
-    return _put(tree, replicated(mesh))
+    return put(tree, replicated(mesh))
 
 
-def _put(tree: PyTree, sharding: NamedSharding) -> PyTree:
+def put(tree: PyTree, sharding: Sharding) -> PyTree:
+    """Copy a host tree, the same in every process, to the devices of a sharding, without waiting."""
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
 

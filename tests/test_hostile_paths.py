@@ -48,8 +48,13 @@ def test_a_link_out_of_a_workdir_is_refused(tmp_path, workdir, link):
     shutil.rmtree(place, ignore_errors=True)
     place.parent.mkdir(parents=True, exist_ok=True)
     place.symlink_to(outside if "." not in link else outside / "precious.txt")
-    for use in (open_workdir, lambda path: predict(str(path), ["x.png"]), lambda path: export(str(path)),
-                lambda path: evaluate(None, str(path))):  # fmt: skip
+    uses = (
+        lambda path: open_workdir(path).__enter__(),
+        lambda path: predict(str(path), ["x.png"]),
+        lambda path: export(str(path)),
+        lambda path: evaluate(None, str(path)),
+    )
+    for use in uses:
         with pytest.raises(UserError, match=f"{link} is a link out of"):
             use(run)
     assert not list(outside.iterdir())
