@@ -9,6 +9,7 @@ every item, compared whenever one is read).
 import contextlib
 import logging
 import pathlib
+import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -171,7 +172,8 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:  # orbax's thread hands on the file system's, or tensorstore's word
-            reason = (str(error).splitlines() or [repr(error)])[0][:300]
+            reason = textwrap.shorten(str(error) or repr(error), 2000).split(" [source locations")[0]
+            reason = reason if len(reason) < 300 else f"{reason[:140]} ... {reason[-140:]}"
             raise UserError(
                 f"a checkpoint cannot be written to {self.directory}: {reason}\n"
                 "The ones before it are whole: make room there, and the same command goes on."

@@ -119,6 +119,10 @@ def test_models_see_no_data():
             assert not [m for m in imported_modules(path) if m.startswith("cxa_jax.data")], path
 
 
+def test_the_order_of_the_data_knows_no_device():
+    assert not [module for module in imported_modules(PACKAGE / "data/pipeline.py") if module.split(".")[0] == "jax"]
+
+
 def test_every_room_has_a_floor():
     assert {room_of(path) for path in FILES} - {"__init__"} == set(FLOOR)
 

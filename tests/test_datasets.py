@@ -137,6 +137,19 @@ def test_an_index_of_other_records_is_not_believed(builder, tmp_path):
     assert load_dataset(config).fingerprint == expected
 
 
+def test_an_index_is_not_believed_once_the_set_says_it_was_made_of_other_labels(builder, tmp_path):
+    """Labels of one length make shards of one size."""
+    config = make_config(tmp_path, name="chestxray14")
+    load_dataset(config)
+    path = pathlib.Path(builder.data_path)
+    (path / "metadata.json").write_text('{"label_sha256": "another"}')
+    with np.load(path / INDEX_FILE) as archive:
+        before = str(archive["identity"])
+    load_dataset(config)
+    with np.load(path / INDEX_FILE) as archive:
+        assert str(archive["identity"]) != before
+
+
 def test_a_broken_index_is_computed_anew(builder, tmp_path):
     config = make_config(tmp_path, name="chestxray14")
     expected = load_dataset(config).fingerprint

@@ -43,6 +43,9 @@ def test_batch_size_must_be_a_positive_multiple():
     check_batch_size("field", 3, mesh)
     with pytest.raises(UserError, match="config.train.batch_size=0"):
         check_batch_size("config.train.batch_size", 0, mesh)
+    check_batch_size("config.train.batch_size", 6, mesh, num_parts=3)
+    with pytest.raises(UserError, match=r"batch_size=8 must be .* 1 device\(s\) x config.train.accumulate_steps=3"):
+        check_batch_size("config.train.batch_size", 8, mesh, num_parts=3)
 
 
 def test_put_batch_keeps_bytes():
