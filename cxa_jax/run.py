@@ -189,7 +189,7 @@ def describe_parameters(state: TrainState) -> str:
     parts = [(f"{name}/{part}", name, part) for name in state.params for part in state.params[name]]
     for title, name, part in parts:
         statistics = state.batch_stats.get(name, {}).get(part, {})
-        trainable = parameter_overview.count_parameters(state.params[name][part])
-        lines.append(f"{title:<28}{trainable:>12,}{parameter_overview.count_parameters(statistics):>12,}")
+        counts = (parameter_overview.count_parameters({part: tree}) for tree in (state.params[name][part], statistics))
+        lines.append("{:<28}{:>12,}{:>12,}".format(title, *counts))
     totals = (parameter_overview.count_parameters(tree) for tree in (state.params, state.batch_stats))
     return "\n".join([*lines, "{:<28}{:>12,}{:>12,}".format("in all", *totals)])

@@ -96,6 +96,36 @@ def test_other_poolings_run(pooled, head, tiny_model):
     assert np.isfinite(logits).all()
 
 
+@pytest.mark.parametrize(("pooled", "head"), [("gap", "mlp"), ("pcam", "linear"), ("amm", "mlp")])
+def test_every_pooling_can_read_the_normalised_features_of_the_attention(pooled, head, tiny_model):
+    _, _, images = tiny_model
+    fields = {"pooling": pooled, "head": head}
+    models = [
+        CardioXAttentionNet(tiny.BACKBONES["tiny"](), attended=attended, **fields)
+        for attended in ("normalized", "all_normalized")
+    ]
+    variables = [jax.eval_shape(lambda m=model: m.init(jax.random.key(0), images)) for model in models]
+    if pooled == "amm":  # it reads them anyway
+        assert jax.tree.structure(variables[0]) == jax.tree.structure(variables[1])
+        return
+    assert "feature_norm" not in variables[0]["params"]
+
+    @jax.jit
+    def apply(key):
+        drawn = models[1].init(key, images)
+        (_, out), updated = models[1].apply(
+            drawn, images, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(1)}
+        )
+        return out, updated["batch_stats"]["feature_norm"]
+
+    out, statistics = apply(jax.random.key(0))
+    moments = [np.asarray(moment(out["features"], (0, 1, 2))) for moment in (jnp.mean, jnp.std)]
+    np.testing.assert_allclose(moments[0], 0, atol=1e-5)
+    assert moments[1].max() == pytest.approx(1, abs=0.1) and statistics["mean"].any()
+    expected = pooling.POOLINGS[pooled](out["features"], out["attention_logits"])[0]
+    np.testing.assert_allclose(out["pooled"], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_pcam_weighs_cells_by_their_own_logit(tiny_model):
     _, _, images = tiny_model
     model = CardioXAttentionNet(tiny.BACKBONES["tiny"](), pooling="pcam", head="linear")

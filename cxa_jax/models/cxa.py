@@ -10,14 +10,14 @@ from ml_collections import ConfigDict
 from cxa_jax.array_types import AttentionLogits, Features, Images, Logits, Pooled
 from cxa_jax.errors import UserError
 from cxa_jax.findings import CARDIOMEGALY, FINDINGS
-from cxa_jax.models.amm import AttentionMappingMechanism
+from cxa_jax.models.amm import EPSILON, AttentionMappingMechanism
 from cxa_jax.models.backbones import BACKBONES, select_implementation
-from cxa_jax.models.layers import GLOROT
+from cxa_jax.models.layers import BATCH_NORM_MOMENTUM, GLOROT
 from cxa_jax.pooling import FEATURES_ONLY, POOLINGS, gated_attention_logits
 
 HEAD_WIDTH = 128
 HEADS = ("mlp", "linear")
-ATTENDED = ("normalized", "raw")
+ATTENDED = ("normalized", "raw", "all_normalized")
 LABELS = {"cardiomegaly": 1, "findings": len(FINDINGS)}  # how many labels, and attention maps, there are
 UNBRANCHED = FEATURES_ONLY | {"gated", "pcam"}  # all other poolings read the attention branch of Table 3
 
@@ -90,6 +90,8 @@ class CardioXAttentionNet(nn.Module):
             self.amm = AttentionMappingMechanism(self.num_labels)
         elif self.pooling == "gated":
             self.gate = GatedAttention()
+        if self.pooling in UNBRANCHED and self.attended == "all_normalized":
+            self.feature_norm = nn.BatchNorm(momentum=BATCH_NORM_MOMENTUM, epsilon=EPSILON)  # the branch has its own
         self.classifier = Head(self.head, self.dropout, self.num_labels)
 
     def __call__(self, images: Images, *, train: bool = False) -> tuple[Logits, dict[str, jax.Array]]:
@@ -118,7 +120,9 @@ class CardioXAttentionNet(nn.Module):
         """Return the features to pool and the attention logits, from wherever this pooling takes them."""
         if self.pooling not in UNBRANCHED:
             normalized, attention_logits = self.amm(features, train=train)
-            return normalized if self.attended == "normalized" else features, attention_logits
+            return features if self.attended == "raw" else normalized, attention_logits
+        if self.attended == "all_normalized":
+            features = self.feature_norm(features, use_running_average=not train)
         if self.pooling == "gated":
             return features, self.gate(features)
         if self.pooling == "pcam":
