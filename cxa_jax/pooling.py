@@ -5,9 +5,10 @@ Every pooling of `POOLINGS` is called the same way and returns the pooled featur
     pooled, p = POOLINGS[name](features, attention_logits, mask=None, temperature=1.0)
 
 p is df/dF with the attention logits held fixed: [B, h, w, 1] where all channels share one map, [B, h, w, C] where each
-channel has its own (its mean over channels is the map to draw). Everything is computed in float32 whatever the compute
-type of the network (float64 stays float64). Cells where `mask` is False carry no weight; a row without any valid cell
-gives zeros, in p and in every gradient. docs/amm.md has the mathematics.
+channel has its own (its mean over channels is the map to draw). All is computed in float32 whatever the compute type of
+the network (float64 stays float64). Values and gradients are finite for logits in [-1e3, 1e3], features up to 1e20 in
+size and temperatures from 1e-6 to 1e6. Cells where `mask` is False carry no weight, whatever finite numbers they hold.
+A row without any valid cell gives zeros, in f, p and every gradient. docs/amm.md has the mathematics.
 """
 
 import math
@@ -38,12 +39,12 @@ def gwap(
 ) -> Pooled | PooledClasses:
     """Pool features by globally weighted averaging with the attention W = sigmoid(z).
 
-    ``f_k = sum_i W_i F_ik / sum_i W_i``, i over cells, computed as ``softmax_i(log sigmoid(z_i))``: the same number,
-    without the quotient's 0 / 0 at low logits and without an epsilon that would bias it.
+    ``f_k = sum_i W_i F_ik / sum_i W_i``, i over cells, by ``softmax_i(log sigmoid(z_i))``: the same number, without the
+    quotient's 0 / 0 at low logits and without an epsilon that would bias it.
 
     Args:
       features: F, [B, h, w, C].
-      attention_logits: z, [B, h, w, M], any finite value; M = 1 is the paper's one shared map.
+      attention_logits: z, [B, h, w, M]; M = 1 is the paper's one shared map.
       mask: [B, h, w], True where a cell counts; None counts all.
       temperature: > 0, divides log W; 1 is the paper.
 
@@ -167,8 +168,8 @@ def softmax_attention(features, attention_logits, *, mask=None, temperature=1.0)
 
 def global_average(features, attention_logits=None, *, mask=None, temperature=1.0):
     """Pool as `gap`, and return p = 1 / S; logits and temperature are not read."""
-    features, valid = at_least_float32(features), _valid(features, mask)
-    return gap(features, mask=mask), valid.astype(features.dtype) / _count(valid, features.dtype)
+    valid, dtype = _valid(features, mask), at_least_float32(features).dtype
+    return gap(features, mask=mask), valid.astype(dtype) / _count(valid, dtype)
 
 
 def global_max(features, attention_logits=None, *, mask=None, temperature=1.0):
@@ -187,13 +188,8 @@ def log_sum_exp(features, attention_logits=None, *, mask=None, temperature=1.0, 
 
     p = softmax(r F) sums to one, yet ``f = sum p F - KL(p || 1 / S) / r``: the only entry where f is not sum p F.
     """
-    valid = _valid(features, mask)
-
-    def pooled(features):
-        r = sharpness / _positive(temperature, features.dtype)
-        return _zero_if_empty(_log_mean_exp(r * features, valid) / r, valid)
-
-    return weights_by_gradient(pooled, features)
+    r, valid = sharpness / _positive(temperature, at_least_float32(features).dtype), _valid(features, mask)
+    return weights_by_gradient(lambda features: _log_mean_exp(features, r, valid), features)
 
 
 def generalized_mean(features, attention_logits=None, *, mask=None, temperature=1.0, exponent=3.0, floor=1e-6):
@@ -206,7 +202,7 @@ def generalized_mean(features, attention_logits=None, *, mask=None, temperature=
     def pooled(features):
         q = exponent / _positive(temperature, features.dtype)
         logs = jnp.log(jnp.maximum(features, floor))
-        return _zero_if_empty(jnp.exp(_log_mean_exp(q * logs, valid) / q), valid)
+        return _zero_if_empty(jnp.exp(_log_mean_exp(logs, q, valid)), valid)
 
     return weights_by_gradient(pooled, features)
 
@@ -247,8 +243,8 @@ POOLINGS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "gem": generalized_mean,
     "topk": top_k_mean,
 }
-# These read features alone: attention_logits may be None, and a model builds no attention branch for them.
-FEATURES_ONLY = frozenset({"gap", "gmp", "lse", "gem", "topk"})
+FEATURES_ONLY = frozenset({"gap", "gmp", "lse", "gem", "topk"})  # logits may be None; a model builds no branch for them
+NOT_AVERAGES = frozenset({"lse", "gem"})  # f is not sum p F, or sum p is not 1: their evidence is not complete
 
 
 def at_least_float32(x: Array) -> Array:
@@ -279,22 +275,25 @@ def _zero_if_empty(pooled: Array, valid: Array) -> Array:
     return jnp.where(jnp.any(valid, axis=_CELLS), pooled, 0)
 
 
-def _exp(scores: Array, valid: Array) -> tuple[Array, Array, Array]:
-    """Return exp(scores - top) over valid cells, its sum (1 for an empty row) and top, the largest valid score."""
+def _below_top(scores: Array, valid: Array) -> tuple[Array, Array]:
+    """Return scores - top, 0 in masked cells, and top, the largest valid score (0 in an empty row)."""
     top = jnp.max(jax.lax.stop_gradient(scores), axis=_CELLS, keepdims=True, initial=-jnp.inf, where=valid)
     top = jnp.where(jnp.isfinite(top), top, 0)
-    # the inner where keeps masked cells out of exp, where they could overflow and turn a zero gradient into NaN
-    exp = jnp.where(valid, jnp.exp(jnp.where(valid, scores - top, 0)), 0)
-    total = jnp.sum(exp, axis=_CELLS, keepdims=True)
-    return exp, jnp.where(jnp.any(valid, axis=_CELLS, keepdims=True), total, 1), top
+    # masked cells are kept out of exp, where they could overflow and turn a zero gradient into NaN
+    return jnp.where(valid, scores - top, 0), top
 
 
 def _softmax(scores: Array, mask: Array | None, temperature: ArrayLike) -> Array:
     valid = _valid(scores, mask)
-    exp, total, _ = _exp(scores / _positive(temperature, scores.dtype), valid)
-    return exp / total
+    # top is taken off before the division, which could overflow at a low temperature
+    exp = jnp.where(valid, jnp.exp(_below_top(scores, valid)[0] / _positive(temperature, scores.dtype)), 0)
+    return exp / jnp.where(jnp.any(valid, axis=_CELLS, keepdims=True), jnp.sum(exp, axis=_CELLS, keepdims=True), 1)
 
 
-def _log_mean_exp(scores: Array, valid: Array) -> Array:
-    _, total, top = _exp(scores, valid)
-    return (jnp.log(total / _count(valid, scores.dtype)) + top)[:, 0, 0]
+def _log_mean_exp(scores: Array, sharpness: Array, valid: Array) -> Array:
+    """Return (1 / r) log mean exp(r scores), r = sharpness; their mean as r -> 0."""
+    below, top = _below_top(scores, valid)
+    exponents, count = sharpness * below, _count(valid, scores.dtype)
+    flat = jnp.min(exponents, axis=_CELLS, keepdims=True) > -1  # there 1 + r x rounds r x away; expm1, log1p keep it
+    mean = jnp.sum(jnp.where(flat, jnp.expm1(exponents), valid * jnp.exp(exponents)), _CELLS, keepdims=True) / count
+    return (top + jnp.where(flat, jnp.log1p(mean), jnp.log(jnp.where(flat, 1, mean))) / sharpness)[:, 0, 0]
