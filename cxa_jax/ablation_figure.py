@@ -10,6 +10,7 @@ from cxa_jax.ablation_table import METRICS, TITLES
 from cxa_jax.figures import save_figure
 
 CONTROL_STYLES = {"random_map": ":", "image_centre": "--", "median_box": "-."}
+LEAST_SPAN = 0.1
 COLOURS = {"amm": "tab:red", "gap": "tab:blue"}
 
 
@@ -33,10 +34,13 @@ def save_ablation_figure(report: dict[str, Any], path: pathlib.Path) -> None:
         if step:
             ratio = step["ratio"]
             _draw_interval(panels[-1], place, ratio | {"per_seed": []}, COLOURS.get(name, "tab:gray"))
-            panels[-1].set_xlabel(f"step time / {ratio['to']} (quartiles of rounds)")
+            panels[-1].set_xlabel(f"step time / {ratio['to']} (rounds resampled)")
     panels[0].set_yticks(range(len(names)), [_label(report, name) for name in names])
     panels[0].set_ylim(-0.6, len(names) - 0.4)
     for axes in panels:
+        low, high = axes.get_xlim()
+        if high - low < LEAST_SPAN:  # else noise in the fourth digit fills a panel
+            axes.set_xlim((low + high - LEAST_SPAN) / 2, (low + high + LEAST_SPAN) / 2)
         axes.grid(axis="x", alpha=0.3)
     handles = {text: line for axes in panels for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     if handles:

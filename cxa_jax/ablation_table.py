@@ -12,6 +12,11 @@ METRICS = ("auroc", "pointing", "energy_ratio", "mean_iou")
 BOUNDS = dict.fromkeys(METRICS, (0.0, 1.0)) | {"energy_ratio": (0.0, np.inf)}
 REFERENCES = ("amm", "gap")
 CONTROLS = ("random_map", "image_centre", "median_box")
+POOLED = {  # by config.model.attended: what AMM and GAP average, besides the weights
+    "normalized": "AMM pools BN(F), GAP F",
+    "raw": "both pool F",
+    "all_normalized": "both pool BN(F)",
+}
 TITLES = {"auroc": "AUROC", "pointing": "pointing", "energy_ratio": "energy ratio", "mean_iou": "mean IoU"}
 
 Scores = Mapping[tuple[str, int], tuple[dict[str, np.ndarray], dict[str, Any]]]
@@ -68,7 +73,7 @@ def compute_table(
                 "best_epochs": [scores[name, one][1]["best_epoch"] for one in seeds[name]],
                 "wall_s": [scores[name, one][1]["wall_s"] for one in seeds[name]],
                 "metrics": {metric: _describe(sample(name, metric, seeds[name]), metric) for metric in METRICS},
-                "step_time": _describe_step(name, step_times),
+                "step_time": describe_step(name, step_times),
             }
             for name in names
         },
@@ -107,14 +112,16 @@ def _describe(samples: SeedSamples | None, metric: str) -> dict[str, Any] | None
     return {"per_seed": samples.estimates.tolist()} | dataclasses.asdict(combine(samples, bounds=BOUNDS[metric]))
 
 
-def _describe_step(name: str, step_times: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the median step, and the median and quartiles over rounds of its ratio to the reference's same round."""
+def describe_step(name: str, step_times: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the median step, and the median over rounds of its ratio to the reference's same round, with 95 %."""
     if step_times is None or name not in step_times["seconds"]:
         return None
     seconds = step_times["seconds"]
     reference = next((name for name in ("gap", "amm") if name in seconds), name)
-    low, median, high = np.percentile(np.divide(seconds[name], seconds[reference]), [25, 50, 75])
-    ratio = {"to": reference, "estimate": float(median), "low": float(low), "high": float(high)}
+    ratios = np.divide(seconds[name], seconds[reference])
+    draws = np.random.default_rng(0).integers(0, len(ratios), (2000, len(ratios)))  # of rounds
+    low, high = np.percentile(np.median(ratios[draws], axis=1), [2.5, 97.5])
+    ratio = {"to": reference, "estimate": float(np.median(ratios)), "low": float(low), "high": float(high)}
     return {"p50_s": float(np.median(seconds[name])), "ratio": ratio}
 
 
@@ -156,12 +163,13 @@ def format_table(report: dict[str, Any]) -> str:
         "",
         "Means over seeds with 95 % intervals (patients resampled, plus the variance between seeds); differences are "
         "paired by seed and patient. Maps are each pooling's own weights p. The step time is the median, its ratio "
-        "that of the same round (quartiles). Intervals are not corrected for the number of comparisons.",
+        "the median of that within each round. Intervals are not corrected for the number of comparisons.",
         "",
     ]
     if "gap" in report["differences"] and "amm" in poolings:
         same = poolings["amm"]["head"] == poolings["gap"]["head"]
-        lines += [f"AMM minus GAP ({'the same ' if same else 'another '}{poolings['gap']['head']} head):", ""]
+        pooled = POOLED[report["config"]["model.attended"]]
+        lines += [f"AMM minus GAP ({'the same ' if same else 'another '}{poolings['gap']['head']} head; {pooled}):", ""]
         lines += _format_rows({"amm - gap": report["differences"]["gap"]["amm"]}) + [""]
     heads = {name: name + ("" if p["head"] == "mlp" else f" ({p['head']} head)") for name, p in poolings.items()}
     values = {heads[name]: pooling["metrics"] for name, pooling in poolings.items()}

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import tiny
 from ml_collections import ConfigDict
+from scipy.stats import bootstrap
 
 from cxa_jax import ablation
 from cxa_jax import run as run_module
 from cxa_jax.ablation_member import SCORES, load_scores, measure_step_times, train_member
+from cxa_jax.ablation_table import describe_step
 from cxa_jax.errors import UserError
 from cxa_jax.pooling import POOLINGS
 from cxa_jax.predictions import read_predictions
@@ -69,7 +71,7 @@ def check_table(report, folder):
     assert report["poolings"]["amm"]["step_time"]["ratio"]["estimate"] == pytest.approx(1.1)
     assert report["data"]["num_boxed"] == fake_members.NUM_IMAGES // 2
     text = (folder / "ablation.md").read_text()
-    assert text.index("AMM minus GAP (the same mlp head)") < text.index("Difference to amm")
+    assert text.index("AMM minus GAP (the same mlp head; AMM pools BN(F), GAP F)") < text.index("Difference to amm")
     assert "| control: image centre |" in text and "220 ms, 1.100 [1.100, 1.100] x gap" in text
     with (folder / "ablation.csv").open() as file:
         rows = {row["name"]: row for row in csv.DictReader(file)}
@@ -77,6 +79,18 @@ def check_table(report, folder):
     assert rows["image_centre"]["kind"] == "control" and rows["image_centre"]["energy_ratio"] == "nan"
     assert (folder / "ablation.png").read_bytes()[:4] == b"\x89PNG"
     assert (folder / "ablation.pdf").read_bytes()[:4] == b"%PDF"
+
+
+def test_step_times_are_compared_within_each_round():
+    rng = np.random.default_rng(4)
+    load = rng.uniform(1, 5, 15)  # of the machine: it falls on both alike
+    ratios = rng.normal(1.2, 0.05, 15)
+    step = describe_step("amm", {"seconds": {"gap": load.tolist(), "amm": (ratios * load).tolist()}})
+    expected = bootstrap((ratios,), np.median, method="percentile", n_resamples=4000, random_state=rng)
+    got = step["ratio"]
+    assert got["estimate"] == pytest.approx(np.median(ratios)) and got["to"] == "gap"
+    np.testing.assert_allclose((got["low"], got["high"]), expected.confidence_interval, atol=0.02)
+    assert step["p50_s"] == pytest.approx(np.median(ratios * load))
 
 
 def test_runs_differ_in_pooling_and_seed_alone(tmp_path):
