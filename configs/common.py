@@ -186,7 +186,7 @@ def _gap(config: ConfigDict) -> None:
 
 
 def _gap_mlp(config: ConfigDict) -> None:
-    """GAP under AMM's own head: the fair ablation, pooling alone differs (A21)."""
+    """GAP under AMM's own head: the fair ablation (A21); AMM's batch norm still differs, see model.attended."""
     config.model.pooling = "gap"
 
 

@@ -265,7 +265,7 @@ def test_formulas_of_lse_and_gem(seed):
         pooled, p = jax.jit(POOLINGS["gem"])(jnp.abs(features))
         np.testing.assert_allclose(pooled, np.mean(np.abs(x) ** 3, axis=(1, 2)) ** (1 / 3), rtol=1e-9)
         np.testing.assert_allclose(np.sum(p * np.abs(x), axis=(1, 2)), pooled, rtol=1e-9)
-        assert (np.sum(p, axis=(1, 2)) <= 1 + 1e-12).all()
+        assert (p >= 0).all() and (np.sum(p, axis=(1, 2)) <= 1 + 1e-12).all()
 
 
 @few
