@@ -1,18 +1,26 @@
 """Runs of one model that differ in the seed, as a group: combined statistics, and two groups compared.
 
-All groups are resampled alike (same patients, same seed), so differences are paired.
+All groups are resampled alike (same patients, same seed), so differences are paired. One run is summed up as
+`statistics` does, several as `seed_comparison` does: the seeds' variance is added.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from cxa_jax.comparison import PairedTest, compute_delong_test
-from cxa_jax.statistics import NUM_RESAMPLES, Interval, count_patients, make_interval, resample_patients
+from cxa_jax.seed_comparison import SeedSamples, combine, make_t_interval
+from cxa_jax.statistics import (
+    NUM_RESAMPLES,
+    Interval,
+    bootstrap_means,
+    count_patients,
+    make_interval,
+    resample_patients,
+)
 from cxa_jax.weighted_statistics import compute_weighted_statistics
 
 
@@ -23,20 +31,23 @@ class GroupStatistic:
     Attributes:
         values: of each run.
         sd: over the runs; nan for one run.
-        interval: of the mean over runs. One run: percentiles over resampled patients. Several: mean +- z sqrt(variance
-            over resampled patients + sd^2 / S), as in `statistics.combine_seeds`, cut to [0, 1].
+        interval: of the mean over runs. One run: percentiles over resampled patients. Several:
+            `seed_comparison.combine`, cut to [0, 1].
         samples: [R], the mean over runs in each resample.
+        num_patients: of the rarer class.
     """
 
     values: tuple[float, ...]
     sd: float
     interval: Interval
     samples: np.ndarray
+    num_patients: int
 
     @property
-    def seed_variance(self) -> float:
-        """Variance of the mean that the choice of seeds brings; 0 where one run cannot show it."""
-        return self.sd**2 / len(self.values) if len(self.values) > 1 else 0.0
+    def seed_part(self) -> list[tuple[float, int]]:
+        """Variance of the mean that the choice of seeds brings, and its degrees of freedom; nothing for one run."""
+        num_runs = len(self.values)
+        return [(self.sd**2 / num_runs, num_runs - 1)] if num_runs > 1 else []
 
 
 def bootstrap_group(
@@ -74,42 +85,67 @@ def bootstrap_group(
     units = count_patients(labels, patients)
     group = {}
     for name in statistics:
-        each, samples = values[name][:, 0], np.concatenate([chunk[name].mean(0) for chunk in chunks])
-        sd = float(each.std(ddof=1)) if len(each) > 1 else math.nan
-        interval = make_interval(each.mean(), samples, level, units)
+        each, resampled = values[name][:, 0], np.concatenate([chunk[name] for chunk in chunks], axis=1)
+        mean = resampled.mean(axis=0)
         if len(each) > 1:
-            error = math.sqrt(np.nanvar(samples) + sd**2 / len(each))
-            interval = _normal_interval(interval, error, level, bounds=(0.0, 1.0))
-        group[name] = GroupStatistic(tuple(each.tolist()), sd, interval, samples)
+            interval = combine(SeedSamples(each, resampled, units), level, bounds=(0.0, 1.0))
+        else:
+            interval = make_interval(each[0], mean, level, units)
+        sd = float(each.std(ddof=1)) if len(each) > 1 else math.nan
+        group[name] = GroupStatistic(tuple(each.tolist()), sd, interval, mean, units)
     return group
 
 
-def _normal_interval(interval: Interval, error: float, level: float, bounds: tuple[float, float]) -> Interval:
-    half = stats.norm.ppf((1 + level) / 2) * error
-    low, high = (float(np.clip(interval.estimate + side * half, *bounds)) for side in (-1, 1))
-    return Interval(interval.estimate, low, high, level, interval.num_resamples, interval.num_undefined)
+def bootstrap_group_means(
+    runs: Sequence[Mapping[str, ArrayLike]],
+    patients: ArrayLike,
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, Interval]:
+    """Compute intervals of the mean over images of per-image values, and over the runs of a group.
+
+    Args:
+        runs: for each run name -> [N], all of the same images; nan where not defined.
+        patients: [N].
+    """
+    options = {"num_resamples": num_resamples, "seed": seed}
+    if len(runs) == 1:
+        return bootstrap_means(runs[0], patients, level=level, **options)
+    names = list(runs[0])
+    values = np.array([[run[name] for name in names] for run in runs], np.float64)  # [S, K, N]
+    defined = np.isfinite(values)
+    filled = np.where(defined, values, 0.0)
+
+    def means(weights: np.ndarray) -> np.ndarray:
+        total, count = filled @ weights.T, defined.astype(np.float64) @ weights.T
+        return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+
+    estimates = means(np.ones((1, values.shape[2])))[..., 0]
+    chunks = resample_patients(patients, values.shape[2], num_resamples, seed)
+    resampled = np.concatenate([means(weights) for weights in chunks], axis=2)
+    units = len(np.unique(patients))
+    return {name: combine(SeedSamples(estimates[:, k], resampled[:, k], units), level) for k, name in enumerate(names)}
 
 
-def compare_groups(
-    labels: ArrayLike, patients: ArrayLike | None, a: GroupStatistic, b: GroupStatistic, level: float = 0.95
-) -> PairedTest:
+def compare_groups(a: GroupStatistic, b: GroupStatistic, level: float = 0.95) -> PairedTest:
     """Test the difference a - b of two groups' means, resampled alike.
 
-    One run each: percentiles and their p-value, as `comparison.paired_bootstrap`. More runs: the seeds' variance is
-    added to that over patients, and the p-value is the normal one.
+    One run each: percentiles and their p-value, as `comparison.paired_bootstrap`. More runs: the variances of either
+    group's seeds are added to that over patients, as in `seed_comparison.make_t_interval`.
     """
     differences = a.samples - b.samples
     estimate = a.interval.estimate - b.interval.estimate
-    interval = make_interval(estimate, differences, level, count_patients(labels, patients))
     defined = differences[np.isfinite(differences)]
     if not len(defined):  # one class: nothing to compare
-        return PairedTest(interval, math.nan, math.nan)
-    error = math.sqrt(np.var(defined) + a.seed_variance + b.seed_variance)
+        return PairedTest(make_interval(estimate, differences, level, a.num_patients), math.nan, math.nan)
     if max(len(a.values), len(b.values)) > 1:
-        p_value = float(2 * stats.norm.sf(abs(estimate) / error)) if error > 0 else float(estimate == 0)
-        return PairedTest(_normal_interval(interval, error, level, (-1.0, 1.0)), error, p_value)
+        parts = [(float(np.var(defined)), max(a.num_patients - 1, 1)), *a.seed_part, *b.seed_part]
+        return PairedTest(*make_t_interval(estimate, parts, level, (-1.0, 1.0)))
     tail = min(np.sum(defined <= 0), np.sum(defined >= 0))
-    return PairedTest(interval, error, float(min(1.0, (2 * tail + 1) / (len(defined) + 1))))
+    interval = make_interval(estimate, differences, level, a.num_patients)
+    return PairedTest(interval, float(np.std(defined)), float(min(1.0, (2 * tail + 1) / (len(defined) + 1))))
 
 
 def compute_group_delong(labels: ArrayLike, scores_a: Sequence[ArrayLike], scores_b: Sequence[ArrayLike]) -> PairedTest:

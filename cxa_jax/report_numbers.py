@@ -172,7 +172,7 @@ def compare_all(groups: Sequence[Group]) -> list[dict[str, Any]]:
     comparisons = []
     for a, b in itertools.combinations(groups, 2):
         test = a.results[0].test
-        paired = compare_groups(test.label, test.patient, a.statistics["free"]["auroc"], b.statistics["free"]["auroc"])
+        paired = compare_groups(a.statistics["free"]["auroc"], b.statistics["free"]["auroc"])
         scores = [[result.test.score for result in group.results] for group in (a, b)]
         comparisons.append(
             {

@@ -5,7 +5,8 @@ for every run, so that what two models share cancels in their difference; the se
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -70,22 +71,44 @@ def _sample(of_weights, patients: ArrayLike, num_patients: int, num_resamples: i
 def combine(samples: SeedSamples, level: float = 0.95, bounds: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
     """Return the mean over seeds and its interval, for the mean of such trainings on such patients.
 
-    ``mean +- t sqrt(V_p + V_s)``, V_p the variance of the mean over resamples of patients, V_s = sd^2 / S over the S
-    seeds; t with the degrees of freedom of Welch and Satterthwaite,
-    ``(V_p + V_s)^2 / (V_p^2 / (n - 1) + V_s^2 / (S - 1))``, because an sd of a few seeds is itself uncertain. With one
-    seed V_s is unknown: the interval holds V_p alone. It is cut to `bounds`.
+    Two variances (`make_t_interval`): that of the mean over resamples of patients, and sd^2 / S over the S seeds. With
+    one seed the second is unknown: the interval holds the first alone. It is cut to `bounds`.
     """
     mean = samples.resampled.mean(axis=0)
     between_patients = float(np.nanvar(mean, ddof=1)) if np.isfinite(mean).sum() > 1 else math.nan
-    num_seeds, free = len(samples.estimates), max(samples.num_patients - 1, 1)
-    between_seeds = float(samples.estimates.var(ddof=1)) / num_seeds if num_seeds > 1 else 0.0
-    variance = between_patients + between_seeds
-    spread = between_patients**2 / free + (between_seeds**2 / (num_seeds - 1) if num_seeds > 1 else 0.0)
-    half = stats.t.ppf((1 + level) / 2, variance**2 / spread) * math.sqrt(variance) if spread > 0 else variance
-    estimate = float(samples.estimates.mean())
+    num_seeds = len(samples.estimates)
+    parts = [(between_patients, max(samples.num_patients - 1, 1))]
+    if num_seeds > 1:
+        parts.append((float(samples.estimates.var(ddof=1)) / num_seeds, num_seeds - 1))
     undefined = int((~np.isfinite(mean)).sum())
+    interval, _, _ = make_t_interval(float(samples.estimates.mean()), parts, level, bounds)
+    return replace(interval, num_resamples=len(mean), num_undefined=undefined)
+
+
+def make_t_interval(
+    estimate: float, parts: Sequence[tuple[float, int]], level: float, bounds: tuple[float, float]
+) -> tuple[Interval, float, float]:
+    """Return ``estimate +- t sqrt(V)``, cut to `bounds`, with V the sum of independent variances; sqrt(V); p of "0".
+
+    t has the degrees of freedom of Welch and Satterthwaite, ``V^2 / sum(V_i^2 / n_i)``, because a variance of a few
+    seeds is itself uncertain: with two of them 1.96 would be far too short.
+
+    Args:
+      estimate: a mean, or a difference of means.
+      parts: (V_i, its degrees of freedom n_i).
+      level: of confidence.
+      bounds: of the interval.
+    """
+    variance = sum(part for part, _ in parts)
+    spread = sum(part**2 / free for part, free in parts)
+    if not spread > 0:  # nothing varies, or the variance is not defined
+        error = math.sqrt(variance) if variance >= 0 else math.nan
+        p_value = float(estimate == 0) if error == 0 else math.nan
+        return Interval(estimate, estimate + error, estimate + error, level), error, p_value
+    error, free = math.sqrt(variance), variance**2 / spread
+    half = stats.t.ppf((1 + level) / 2, free) * error
     low, high = max(estimate - half, bounds[0]), min(estimate + half, bounds[1])
-    return Interval(estimate, low, high, level, len(mean), undefined)
+    return Interval(estimate, low, high, level), error, float(2 * stats.t.sf(abs(estimate) / error, free))
 
 
 def compare(a: SeedSamples, b: SeedSamples, level: float = 0.95) -> Interval:

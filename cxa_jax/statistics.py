@@ -1,11 +1,11 @@
-"""Uncertainty of evaluation results: patient-clustered bootstrap intervals and combination over seeds.
+"""Uncertainty of evaluation results: patient-clustered bootstrap intervals.
 
 Images of one patient resemble each other, so whole patients are resampled.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -160,53 +160,3 @@ def bootstrap_means(
     samples = np.concatenate([weighted_means(weights) for weights in chunks])
     units = len(values) if patients is None else len(np.unique(patients))
     return {name: make_interval(estimates[i], samples[:, i], level, units) for i, name in enumerate(columns)}
-
-
-@dataclass(frozen=True)
-class SeedSummary:
-    """One statistic over training runs that differ in the seed: their values, mean, sd, and a pooled interval."""
-
-    values: tuple[float, ...]
-    mean: float
-    sd: float
-    interval: Interval
-
-
-def combine_seeds(
-    labels: ArrayLike,
-    scores: ArrayLike,
-    patients: ArrayLike | None,
-    statistic: str = "auroc",
-    *,
-    threshold: float = 0.5,
-    num_resamples: int = NUM_RESAMPLES,
-    seed: int | np.random.Generator = 0,
-    level: float = 0.95,
-) -> SeedSummary:
-    """Combine runs of several seeds on the same images.
-
-    The pooled interval holds both sources of variance: mean +- z sqrt(var_patients + sd^2 / S), with var_patients
-    from resampling the patients of all runs together and sd over the S runs. It is for the mean of such runs.
-
-    Args:
-        labels: [N], 0 or 1.
-        scores: [S, N], one row a seed.
-
-    Returns:
-        SeedSummary; with one run sd is nan and the interval holds the patients' variance alone.
-    """
-    runs = [check_labels_and_scores(labels, row)[1] for row in np.atleast_2d(scores)]
-
-    def run_values(weights: np.ndarray) -> np.ndarray:
-        rows = [compute_weighted_statistics(labels, run, weights, (statistic,), threshold) for run in runs]
-        return np.stack([row[statistic] for row in rows])
-
-    values = run_values(np.ones((1, len(runs[0]))))[:, 0]
-    chunks = resample_patients(patients, len(runs[0]), num_resamples, seed)
-    samples = np.concatenate([run_values(weights).mean(0) for weights in chunks])
-    interval = make_interval(values.mean(), samples, level, count_patients(labels, patients))
-    sd = float(values.std(ddof=1)) if len(runs) > 1 else math.nan
-    between_runs = sd**2 / len(runs) if len(runs) > 1 else 0.0
-    half = stats.norm.ppf((1 + level) / 2) * math.sqrt(np.nanvar(samples) + between_runs)
-    pooled = replace(interval, low=interval.estimate - half, high=interval.estimate + half)
-    return SeedSummary(tuple(values.tolist()), interval.estimate, sd, pooled)

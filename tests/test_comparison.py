@@ -103,6 +103,34 @@ def test_delong_finds_a_difference_and_only_a_difference():
     assert perfect.p_value == 0 and perfect.difference.estimate == 1
 
 
+# DeLong et al. (1988): albumin, total protein, K-G score, benefit of surgery; 43 women with ovarian cancer.
+OVARIAN_CANCER = """
+3.0 5.8 10 0  3.2 6.3 5 1  3.9 6.8 3 1  2.8 4.8 6 0  3.2 5.8 3 1  0.9 4.0 5 0  2.5 5.7 8 0  1.6 5.6 5 1  3.8 5.7 5 1
+3.7 6.7 6 1  3.2 5.4 4 1  3.8 6.6 6 1  4.1 6.6 5 1  3.6 5.7 5 1  4.3 7.0 4 1  3.6 6.7 4 0  2.3 4.4 6 1  4.2 7.6 4 0
+4.0 6.6 6 0  3.5 5.8 6 1  3.8 6.8 7 1  3.0 4.7 8 0  4.5 7.4 5 1  3.7 7.4 5 1  3.1 6.6 6 1  4.1 8.2 6 1  4.3 7.0 5 1
+4.3 6.5 4 1  3.2 5.1 5 1  2.6 4.7 6 1  3.3 6.8 6 0  1.7 4.0 7 0  3.7 6.1 5 1  3.3 6.3 7 1  4.2 7.7 6 1  3.5 6.2 5 1
+2.9 5.7 9 0  2.1 4.8 7 1  2.8 6.2 8 0  4.0 7.0 7 1  3.3 5.7 6 1  3.7 6.9 5 1  3.6 6.6 5 1
+"""
+
+
+def test_delong_gives_the_published_values_of_delongs_own_data():
+    """Values as the SAS/STAT manual prints them (PROC LOGISTIC, "Comparing Receiver Operating Characteristic Curves")."""
+    albumin, protein, kg, benefit = np.array(OVARIAN_CANCER.split(), float).reshape(-1, 4).T
+    auroc, covariance = comparison.compute_delong_covariance(benefit, [albumin, protein, -kg])
+    assert auroc == pytest.approx([0.7366, 0.6478, 0.7258], abs=5e-5)
+    assert np.sqrt(np.diag(covariance)) == pytest.approx([0.0927, 0.1000, 0.1028], abs=5e-5)
+    interval = comparison.compute_delong_interval(benefit, albumin)
+    assert (interval.low, interval.high) == pytest.approx((0.5549, 0.9182), abs=5e-5)
+    printed = {
+        "albumin": (0.0108, 0.0953, -0.1761, 0.1976, 0.9102),
+        "protein": (-0.0780, 0.1046, -0.2830, 0.1271, 0.4561),
+    }
+    for name, scores in (("albumin", albumin), ("protein", protein)):
+        test = comparison.compute_delong_test(benefit, scores, -kg)
+        found = (test.difference.estimate, test.standard_error, test.difference.low, test.difference.high, test.p_value)
+        assert found == pytest.approx(printed[name], abs=5e-5), name
+
+
 def test_too_few_images_of_a_class_are_named():
     with pytest.raises(UserError, match="1 positives, 2 negatives"):
         comparison.compute_delong_covariance([0, 0, 1], [0.1, 0.2, 0.3])

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from cxa_jax.comparison import compute_delong_test, paired_bootstrap
-from cxa_jax.group_statistics import bootstrap_group, compare_groups, compute_group_delong
-from cxa_jax.statistics import bootstrap_interval, combine_seeds
+from cxa_jax.group_statistics import bootstrap_group, bootstrap_group_means, compare_groups, compute_group_delong
+from cxa_jax.seed_comparison import combine, sample_auroc, sample_means
+from cxa_jax.statistics import bootstrap_interval, bootstrap_means
 
 
 def _draw(seed: int, num_runs: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
@@ -21,15 +22,48 @@ def test_one_run_is_the_plain_bootstrap():
     group = bootstrap_group(labels, scores, patients, ("auroc", "recall"), thresholds=[0.4], num_resamples=200)
     assert group["auroc"].interval == bootstrap_interval(labels, scores[0], patients, num_resamples=200)
     assert group["recall"].interval.estimate == pytest.approx(np.mean(scores[0][labels == 1] >= 0.4))
-    assert math.isnan(group["auroc"].sd) and group["auroc"].seed_variance == 0
+    assert math.isnan(group["auroc"].sd) and group["auroc"].seed_part == []
 
 
 def test_several_runs_are_combined_as_seeds():
     labels, patients, scores = _draw(1, 3)
     group = bootstrap_group(labels, scores, patients, ("auroc",), num_resamples=200)["auroc"]
-    expected = combine_seeds(labels, np.stack(scores), patients, num_resamples=200)
-    assert group.values == pytest.approx(expected.values) and group.sd == pytest.approx(expected.sd)
-    assert (group.interval.low, group.interval.high) == pytest.approx((expected.interval.low, expected.interval.high))
+    samples = sample_auroc(labels, scores, patients, num_resamples=200)
+    expected = combine(samples)
+    assert group.values == pytest.approx(samples.estimates)
+    assert group.sd == pytest.approx(samples.estimates.std(ddof=1))
+    assert (group.interval.low, group.interval.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_a_statistic_undefined_in_one_run_is_undefined_without_a_warning():
+    labels, patients, (scores, _) = _draw(6, 2)
+    group = bootstrap_group(labels, [scores, scores * 0.1], patients, ("precision", "auroc"), num_resamples=50)
+    assert math.isnan(group["precision"].interval.estimate) and math.isnan(group["precision"].interval.low)
+    assert group["auroc"].interval.low < group["auroc"].interval.estimate  # the second run ranks alike
+
+
+def test_two_seeds_that_disagree_show_no_difference():
+    """The sd of two runs has one degree of freedom: t is 12.7, and 1.96 would call this a finding."""
+    labels, patients, _ = _draw(7, 1)
+    rng = np.random.default_rng(8)
+    good, bad = ([1 / (1 + np.exp(-rng.normal(s * labels))) for s in pair] for pair in ((2.5, 2.5), (0.9, 0.2)))
+    a, b = (bootstrap_group(labels, runs, patients, ("auroc",), num_resamples=200)["auroc"] for runs in (good, bad))
+    test = compare_groups(a, b)
+    assert test.difference.estimate > 1.96 * test.standard_error
+    assert test.difference.low < 0 < test.difference.high and test.p_value > 0.05
+
+
+def test_means_of_images_are_combined_as_seeds_and_one_run_is_plain():
+    rng = np.random.default_rng(9)
+    values, patients = rng.random((3, 80)), np.arange(80) // 2
+    values[:, rng.random(80) < 0.2] = np.nan
+    runs = [{"iou": row, "twice": 2 * row} for row in values]
+    several = bootstrap_group_means(runs, patients, num_resamples=60)
+    expected = combine(sample_means(values, patients, num_resamples=60))
+    assert (several["iou"].low, several["iou"].high) == pytest.approx((expected.low, expected.high))
+    assert several["twice"].estimate == pytest.approx(2 * expected.estimate)
+    one = bootstrap_group_means(runs[:1], patients, num_resamples=60)
+    assert one == bootstrap_means(runs[0], patients, num_resamples=60)
 
 
 def test_each_run_has_its_own_threshold():
@@ -44,7 +78,7 @@ def test_single_runs_compare_as_the_paired_bootstrap_and_delong():
     labels, patients, (a, b) = _draw(3, 2)
     groups = [bootstrap_group(labels, [run], patients, ("auroc",), num_resamples=300)["auroc"] for run in (a, b)]
     test, expected = (
-        compare_groups(labels, patients, *groups),
+        compare_groups(*groups),
         paired_bootstrap(labels, a, b, patients, num_resamples=300),
     )
     assert test.p_value == pytest.approx(expected.p_value)
@@ -60,10 +94,9 @@ def test_a_model_against_itself_differs_by_nothing_and_seeds_widen_a_difference(
         bootstrap_group(labels, runs, patients, ("auroc",), num_resamples=300)["auroc"]
         for runs in (scores[:2], scores[2:])
     )
-    same = compare_groups(labels, patients, one, one)
+    same = compare_groups(one, one)
     assert same.difference.estimate == 0 and same.p_value == 1
-    test = compare_groups(labels, patients, one, other)
-    assert test.standard_error**2 == pytest.approx(
-        np.var(one.samples - other.samples) + one.seed_variance + other.seed_variance
-    )
+    test = compare_groups(one, other)
+    seeds = one.sd**2 / 2 + other.sd**2 / 2
+    assert test.standard_error**2 == pytest.approx(np.var(one.samples - other.samples) + seeds)
     assert test.difference.low < test.difference.estimate < test.difference.high

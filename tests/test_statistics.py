@@ -145,22 +145,6 @@ def test_means_leave_out_undefined_values():
     assert math.isnan(empty["a"].estimate)
 
 
-def test_seeds_are_combined_with_both_variances():
-    rng = np.random.default_rng(10)
-    labels, scores, patients, _ = _draw_clusters(rng, 100)
-    runs = scores + rng.normal(0, 1.5, (4, len(scores)))
-    summary = statistics.combine_seeds(labels, runs, patients, num_resamples=400)
-    values = [sklearn_metrics.roc_auc_score(labels, run) for run in runs]
-    assert summary.values == pytest.approx(values, abs=1e-12)
-    assert summary.mean == pytest.approx(np.mean(values)) and summary.sd == pytest.approx(np.std(values, ddof=1))
-    copies = statistics.combine_seeds(labels, np.stack([runs[0]] * 4), patients, num_resamples=400)
-    single = statistics.combine_seeds(labels, runs[0], patients, num_resamples=400)
-    assert copies.sd == pytest.approx(0) and math.isnan(single.sd)
-    assert copies.interval.low == pytest.approx(single.interval.low)  # four copies know no more than one run
-    percentile = statistics.bootstrap_interval(labels, runs[0], patients, num_resamples=400)
-    assert single.interval.low == pytest.approx(percentile.low, abs=0.02)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
