@@ -5,16 +5,15 @@ dev table; without one there is a threshold of 0.5 alone and no calibration.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from scipy import special
 
-from cxa_jax.calibration import compute_log_loss, fit_platt, fit_temperature
+from cxa_jax.calibration import fit_platt, fit_temperature
 from cxa_jax.metrics import (
     CONFUSION_METRICS,
-    compute_brier_score,
-    compute_calibration_error,
     compute_confusion_metrics,
     compute_metrics,
     compute_reliability_curve,
@@ -22,7 +21,14 @@ from cxa_jax.metrics import (
 )
 from cxa_jax.predictions import PredictionTable
 from cxa_jax.prevalence import compute_metrics_at_prevalence, compute_paper_like_metrics, reweight_confusion
-from cxa_jax.statistics import NUM_RESAMPLES, bootstrap_intervals, count_patients, make_interval, resample_patients
+from cxa_jax.statistics import (
+    NUM_RESAMPLES,
+    bootstrap_intervals,
+    bootstrap_means,
+    count_patients,
+    make_interval,
+    resample_patients,
+)
 from cxa_jax.strata import MIN_PATIENTS, count_patients_by_class, find_strata
 from cxa_jax.weighted_statistics import SENSITIVITIES, compute_weighted_confusion
 
@@ -30,37 +36,64 @@ LEVEL = 0.95
 FIXED_THRESHOLD = 0.5
 THRESHOLD_FREE = ("auroc", "average_precision", "brier_score", "calibration_error", *SENSITIVITIES)
 PREVALENCES = (0.0327, 0.0978, 0.2)  # the official training list, the test list, and what Table 4 implies
+STRATUM_METRICS = ("auroc", "recall", "specificity")
 PAPER_LIKE_NEGATIVES = 4
 MAX_LOGIT = 30.0  # of a score of exactly 0 or 1
 
 
 def describe_classification(
-    test: PredictionTable, dev: PredictionTable | None, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+    test: PredictionTable, dev: PredictionTable | None, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0, **protocol
 ) -> dict[str, Any]:
-    """Compute every number that predictions give.
+    """Compute every number that predictions give: `describe_predictions`, and `strata` at dev's threshold.
+
+    Args:
+        test: what is evaluated.
+        dev: where the second threshold and the calibration come from; None: neither is there.
+        num_resamples: patient-clustered bootstrap resamples behind each interval.
+        seed: of the resamples and subsamples.
+        **protocol: `dev_name` and `prevalences`, as in `describe_predictions`.
+    """
+    options = {"num_resamples": num_resamples, "seed": seed}
+    report = describe_predictions(test, dev, **options, **protocol)
+    chosen = report["at_dev_threshold"] or report["at_0.5"]
+    report["strata"] = describe_strata(test, chosen["threshold"], **options)
+    return report
+
+
+def describe_predictions(
+    test: PredictionTable,
+    dev: PredictionTable | None,
+    *,
+    num_resamples: int,
+    seed: int,
+    dev_name: str = "dev",
+    prevalences: Sequence[float] = PREVALENCES,
+) -> dict[str, Any]:
+    """Compute the numbers of all images together.
 
     Args:
         test: what is evaluated.
         dev: where the second threshold (Youden's) and the calibration come from; None: neither is there.
         num_resamples: patient-clustered bootstrap resamples behind each interval.
         seed: of the resamples and subsamples.
+        dev_name: what dev is, in words.
+        prevalences: shares of positives to which precision, F1, accuracy and NPV are re-weighted.
 
     Returns:
         Counts; an interval for each threshold-free metric; `at_0.5` and `at_dev_threshold` (None without one), each
-        with its metrics, intervals, and the same at other prevalences; `reliability`, `calibration`, `strata`.
+        with its metrics, intervals, and the same at other prevalences; `reliability`, `calibration`.
     """
     options = {"num_resamples": num_resamples, "seed": seed}
-    threshold = compute_youden_threshold(dev.label, dev.score) if dev is not None else np.nan
     intervals = bootstrap_intervals(test.label, test.score, test.patient, THRESHOLD_FREE, level=LEVEL, **options)
     report = describe_counts(test) | {name: dataclasses.asdict(value) for name, value in intervals.items()}
-    report["at_0.5"] = describe_threshold(test, FIXED_THRESHOLD, "fixed", **options)
+    report["at_0.5"] = describe_threshold(test, FIXED_THRESHOLD, "fixed", prevalences, **options)
     report["at_dev_threshold"] = None  # one class on dev defines no threshold of its own
+    threshold = compute_youden_threshold(dev.label, dev.score) if dev is not None else np.nan
     if np.isfinite(threshold):
-        source = f"Youden's J on dev ({len(dev)} images, {int(dev.label.sum())} positive)"
-        report["at_dev_threshold"] = describe_threshold(test, threshold, source, **options)
+        source = f"Youden's J on {dev_name} ({len(dev):,} images, {int(dev.label.sum()):,} positive)"
+        report["at_dev_threshold"] = describe_threshold(test, threshold, source, prevalences, **options)
     report["reliability"] = compute_reliability_curve(test.label, test.score)
-    report["calibration"] = describe_calibration(test, dev)
-    report["strata"] = describe_strata(test, threshold if np.isfinite(threshold) else FIXED_THRESHOLD, **options)
+    report["calibration"] = describe_calibration(test, dev, dev_name, **options)
     return report
 
 
@@ -81,13 +114,19 @@ def describe_counts(table: PredictionTable) -> dict[str, Any]:
 
 
 def describe_threshold(
-    table: PredictionTable, threshold: float, source: str, *, num_resamples: int, seed: int
+    table: PredictionTable,
+    threshold: float,
+    source: str,
+    prevalences: Sequence[float] = PREVALENCES,
+    *,
+    num_resamples: int,
+    seed: int,
 ) -> dict[str, Any]:
     """Compute what depends on a threshold, at the own prevalence, at others by re-weighting, and paper-like.
 
     Returns:
         All of `compute_metrics`; `source` of the threshold; `intervals` by metric; `at_prevalence`, for each of
-        `PREVALENCES` the metrics that change with it, as intervals; `paper_like`, None where there are too few images.
+        `prevalences` the metrics that change with it, as intervals; `paper_like`, None where there are too few images.
     """
     values = compute_metrics(table.label, table.score, threshold) | {"source": source}
     counts = np.concatenate(
@@ -111,7 +150,7 @@ def describe_threshold(
             compute_metrics_at_prevalence(values["confusion_matrix"], prevalence),
             compute_confusion_metrics(reweight_confusion(both, prevalence)),
         )
-        for prevalence in PREVALENCES
+        for prevalence in prevalences
     }
     values["paper_like"] = None
     if table.label.any() and np.sum(table.label == 0) >= PAPER_LIKE_NEGATIVES:
@@ -119,26 +158,30 @@ def describe_threshold(
     return values
 
 
-def describe_calibration(test: PredictionTable, dev: PredictionTable | None) -> dict[str, Any] | None:
+def describe_calibration(
+    test: PredictionTable, dev: PredictionTable | None, dev_name: str = "dev", *, num_resamples: int, seed: int
+) -> dict[str, Any] | None:
     """Fit temperature and Platt scaling on dev and measure them on test; None where dev has not both classes."""
     if dev is None or not 0 < dev.label.sum() < len(dev):
         return None
+    options = {"num_resamples": num_resamples, "seed": seed}
     fits = {"temperature": fit_temperature(dev.label, _logits(dev)), "platt": fit_platt(dev.label, _logits(dev))}
-    report = {"fitted_on": f"dev ({len(dev)} images, {int(dev.label.sum())} positive)", "before": _measure(test)}
+    fitted_on = f"{dev_name} ({len(dev):,} images, {int(dev.label.sum()):,} positive)"
+    report = {"fitted_on": fitted_on, "before": _measure(test, **options)}
     for name, fit in fits.items():
         scores = fit.apply(_logits(test))
         calibrated = dataclasses.replace(test, score=scores, logit=fit.scale * _logits(test) + fit.bias)
-        report[name] = dataclasses.asdict(fit) | _measure(calibrated)
+        report[name] = dataclasses.asdict(fit) | _measure(calibrated, **options)
     return report
 
 
-def _measure(table: PredictionTable) -> dict[str, Any]:
-    return {
-        "brier_score": compute_brier_score(table.label, table.score),
-        "calibration_error": compute_calibration_error(table.label, table.score),
-        "log_loss": compute_log_loss(table.label, _logits(table)),
-        "reliability": compute_reliability_curve(table.label, table.score),
-    }
+def _measure(table: PredictionTable, **options: int) -> dict[str, Any]:
+    names = ("calibration_error", "brier_score")
+    intervals = bootstrap_intervals(table.label, table.score, table.patient, names, level=LEVEL, **options)
+    losses = np.logaddexp(0.0, _logits(table)) - table.label * _logits(table)
+    intervals |= bootstrap_means({"log_loss": losses}, table.patient, level=LEVEL, **options)
+    measured = {name: short_interval(value) for name, value in intervals.items()}
+    return measured | {"reliability": compute_reliability_curve(table.label, table.score)}
 
 
 def describe_strata(table: PredictionTable, threshold: float, *, num_resamples: int, seed: int) -> list[dict[str, Any]]:
@@ -164,8 +207,8 @@ def describe_strata(table: PredictionTable, threshold: float, *, num_resamples: 
             "too_small": min(negative, positive) < MIN_PATIENTS,
         }
         if not row["too_small"]:
-            names, options = ("auroc", "recall", "specificity"), {"num_resamples": num_resamples, "seed": seed}
-            intervals = bootstrap_intervals(label, score, patient, names, threshold=threshold, **options)
+            options = {"num_resamples": num_resamples, "seed": seed}
+            intervals = bootstrap_intervals(label, score, patient, STRATUM_METRICS, threshold=threshold, **options)
             row |= {name: short_interval(value) for name, value in intervals.items()}
         rows.append(row)
     return rows

@@ -36,7 +36,6 @@ RANGES = {
     "eval.batch_size": (1, MAX_BATCH),
     "eval.image_size": (0, MAX_IMAGE_PX),
     "eval.overlay_intensity": (0, 1),
-    "eval.map_threshold": (0, 0.99),
     "eval.num_bootstrap": (1, None),
     "benchmark.num_steps": (1, None),
     "benchmark.num_warmup": (0, None),
@@ -63,6 +62,8 @@ def check_config(config: ConfigDict, min_size: int) -> None:
             allowed = f"at least {low}" if high is None else f"from {low} to {high}"
             raise UserError(f"config.{name}={value} must be {allowed}")
     check_ranges(config.augment)
+    if not all(0 < prevalence < 1 for prevalence in config.eval.prevalences):
+        raise UserError(f"config.eval.prevalences={config.eval.prevalences}: each is a share between 0 and 1")
     weight, pooling = config.train.attention_negative_weight, config.model.pooling
     if weight and pooling in FEATURES_ONLY:
         raise UserError(

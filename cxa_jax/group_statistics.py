@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from cxa_jax.comparison import PairedTest, compute_delong_test
 from cxa_jax.seed_comparison import SeedSamples, combine, make_t_interval
 from cxa_jax.statistics import (
+    INTERVAL_MAKERS,
     NUM_RESAMPLES,
     Interval,
     bootstrap_means,
@@ -31,7 +32,7 @@ class GroupStatistic:
     Attributes:
         values: of each run.
         sd: over the runs; nan for one run.
-        interval: of the mean over runs. One run: percentiles over resampled patients. Several:
+        interval: of the mean over runs. One run: as `statistics.bootstrap_intervals`. Several:
             `seed_comparison.combine`, cut to [0, 1].
         samples: [R], the mean over runs in each resample.
         num_patients: of the rarer class.
@@ -90,7 +91,7 @@ def bootstrap_group(
         if len(each) > 1:
             interval = combine(SeedSamples(each, resampled, units), level, bounds=(0.0, 1.0))
         else:
-            interval = make_interval(each[0], mean, level, units)
+            interval = INTERVAL_MAKERS.get(name, make_interval)(each[0], mean, level, units)
         sd = float(each.std(ddof=1)) if len(each) > 1 else math.nan
         group[name] = GroupStatistic(tuple(each.tolist()), sd, interval, mean, units)
     return group

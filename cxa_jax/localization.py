@@ -203,6 +203,12 @@ def summarize(
         mean number of boxes that do not (AFP, Wang et al. 2017); pointing; energy_ratio; heart_energy_ratio;
         miss_rate. nan where no image defines the value.
     """
+    columns = compute_columns(scores)
+    return bootstrap_means(columns, scores.patients, num_resamples=num_resamples, seed=seed, level=level)
+
+
+def compute_columns(scores: LocalizationScores) -> dict[str, np.ndarray]:
+    """Return per-image values [N] by the name of their mean, as `summarize` lists them; nan where not defined."""
     known = np.isfinite(scores.num_boxes)
     columns = {"mean_iou": scores.iou}
     for threshold in IOU_THRESHOLDS:
@@ -213,4 +219,4 @@ def summarize(
     for name in ("pointing", "energy_ratio", "heart_energy_ratio"):
         columns[name] = getattr(scores, name)
     columns["miss_rate"] = np.where(known, scores.num_boxes == 0, np.nan)
-    return bootstrap_means(columns, scores.patients, num_resamples=num_resamples, seed=seed, level=level)
+    return columns

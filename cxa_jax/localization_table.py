@@ -7,12 +7,13 @@ import os
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from cxa_jax.errors import UserError
-from cxa_jax.localization import IOBB_THRESHOLDS, LocalizationScores, summarize
+from cxa_jax.group_statistics import bootstrap_group_means
+from cxa_jax.localization import IOBB_THRESHOLDS, LocalizationScores, compute_columns
 from cxa_jax.workdir import write_atomically
 
 FALSE_POSITIVES = tuple(f"false_positives_iobb_{threshold:g}" for threshold in IOBB_THRESHOLDS)
@@ -21,6 +22,7 @@ BOX = ("x", "y", "w", "h")
 COLUMNS = ("map", "rule", "id", "patient", "predicted_positive", *SCALARS, *FALSE_POSITIVES, *BOX)
 SETS = ("all_boxed", "predicted_positives")
 CONTROLS = ("median_box", "image_centre", "random_map")
+TUNED = "phantom_tuned"  # the rule whose level was tuned on phantoms, for each map its own
 RANDOM_WEIGHTS = "random_weights_"  # and the map's name: the same map of a freshly initialised network
 
 
@@ -42,6 +44,11 @@ class LocalizationTable:
     def patients(self) -> np.ndarray:
         """Patient of each image, [N]."""
         return next(iter(self.scores.values())).patients
+
+    def take(self, keep: np.ndarray) -> Self:
+        """Return the rows of a boolean index."""
+        scores = {key: values.subset(keep) for key, values in self.scores.items()}
+        return type(self)(self.ids[keep], self.predicted_positive[keep], scores)
 
 
 def is_control(name: str) -> bool:
@@ -102,30 +109,34 @@ def summarize_tables(tables: Sequence[LocalizationTable], *, num_resamples: int,
 
     Returns:
         set ('all_boxed', 'predicted_positives') -> {num_images, num_patients, rules}, where rules is
-        rule -> map -> metric -> {estimate, low, high}. Several runs give the mean over runs; their images are
-        resampled together, by patient.
+        rule -> map -> metric -> {estimate, low, high}. Several runs give the mean over runs, with the variance between
+        seeds in its interval.
+
+    Raises:
+        UserError: the runs have other boxed images.
     """
+    first = tables[0]
+    if any(not np.array_equal(first.ids, table.ids) for table in tables):
+        raise UserError("runs of one model have other boxed images; test them on the same data")
     report = {}
     for which in SETS:
         keeps = [np.ones(len(t.ids), bool) if which == "all_boxed" else t.predicted_positive for t in tables]
+        either = np.any(keeps, axis=0)
         rules: dict[str, dict[str, Any]] = {}
-        for name, rule in tables[0].scores:
-            parts = [table.scores[name, rule].subset(keep) for table, keep in zip(tables, keeps, strict=True)]
-            summary = summarize(_join(parts), num_resamples=num_resamples, seed=seed)
+        for name, rule in first.scores:
+            runs = [
+                {metric: np.where(keep, values, np.nan)[either] for metric, values in compute_columns(scores).items()}
+                for keep, scores in zip(keeps, (table.scores[name, rule] for table in tables), strict=True)
+            ]
+            summary = bootstrap_group_means(runs, first.patients[either], num_resamples=num_resamples, seed=seed)
             rules.setdefault(rule, {})[name] = {
                 metric: {"estimate": value.estimate, "low": value.low, "high": value.high}
                 for metric, value in summary.items()
                 if math.isfinite(value.estimate)
             }
-        kept = [table.patients[keep] for table, keep in zip(tables, keeps, strict=True)]
         report[which] = {
-            "num_images": [len(patients) for patients in kept],
-            "num_patients": len(np.unique(np.concatenate(kept))),
+            "num_images": [int(keep.sum()) for keep in keeps],
+            "num_patients": len(np.unique(first.patients[either])),
             "rules": rules,
         }
     return report
-
-
-def _join(parts: list[LocalizationScores]) -> LocalizationScores:
-    names = ("patients", "predicted", "false_positives", *SCALARS)
-    return LocalizationScores(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})

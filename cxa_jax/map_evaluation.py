@@ -10,7 +10,7 @@ from cxa_jax.data.datasets import Split
 from cxa_jax.evaluate import Predictions, evaluate_split
 from cxa_jax.heat_maps import RULES
 from cxa_jax.localization import score_controls, score_maps
-from cxa_jax.localization_table import RANDOM_WEIGHTS, LocalizationTable
+from cxa_jax.localization_table import RANDOM_WEIGHTS, TUNED, LocalizationTable
 from cxa_jax.run import Run
 from cxa_jax.sharding import put_replicated
 from cxa_jax.steps import CONTROL
@@ -20,12 +20,11 @@ log = logging.getLogger(__name__)
 
 # W stands on its fixed scale; signed maps are cut at 0; p is stretched (`scale_map`).
 SCALINGS = {"attention": "unit", "weights": "min_max"} | dict.fromkeys(("evidence", "cam", "grad_cam"), "positive")
-TUNED_LEVELS = tuple(level / 20 for level in range(1, 20))
-NUM_TUNED = 60  # boxed dev images that a level is tuned on
+DEFAULT_LEVEL = 0.5  # of the random map, where p has no tuned level
 PROTOCOL = (
     "map -> aligned bilinear upsampling -> scaling (W fixed 0-1, p min-max, signed maps cut at 0 and divided by their "
-    "maximum) -> threshold -> 8-connected components (all of them for 'wang', else the largest) -> tight box; an empty "
-    "map is a miss; no threshold is fitted to the boxes. Grad-CAM and evidence hold the attention fixed"
+    "maximum) -> threshold -> 8-connected components (all for 60 and 180, else the largest) -> tight box; an empty map "
+    "is a miss; no threshold is fitted to the boxes. Grad-CAM and evidence hold the attention fixed"
 )
 
 
@@ -55,12 +54,15 @@ def find_boxed_images(split: Split) -> BoxedImages:
     return BoxedImages(np.array(rows, int), boxes, np.array(hearts) if hearts else None)
 
 
-def evaluate_maps(run: Run, predictions: Predictions, boxed: BoxedImages, threshold: float) -> LocalizationTable | None:
+def evaluate_maps(
+    run: Run, predictions: Predictions, boxed: BoxedImages, threshold: float, levels: dict[str, float] | None = None
+) -> LocalizationTable | None:
     """Score every map of the boxed images under every rule, and the controls; None without any box.
 
     Args:
       predictions: of the split whose boxes they are.
       threshold: of a predicted positive, chosen on dev.
+      levels: by map, tuned on phantoms (`map_levels`): one more rule for the maps that have one.
     """
     if not len(boxed.rows):
         return None
@@ -73,43 +75,27 @@ def evaluate_maps(run: Run, predictions: Predictions, boxed: BoxedImages, thresh
         if name in maps:
             maps[RANDOM_WEIGHTS + name], scalings[RANDOM_WEIGHTS + name] = values, SCALINGS[name]
     scores = {}
-    level = run.config.eval.map_threshold
-    for rule in (*RULES, level) if level else RULES:
-        options = geometry | {"rule": rule}
+    for rule in (*RULES, TUNED) if levels else RULES:
         for name, values in maps.items():
-            scores[name, str(rule)] = score_maps(
-                values, boxed.boxes, patients, size, scaling=scalings[name], heart_masks=boxed.hearts, **options
-            )
+            level = levels and levels.get(name.removeprefix(RANDOM_WEIGHTS))
+            if rule != TUNED or level:
+                scores[name, rule] = score_maps(
+                    values,
+                    boxed.boxes,
+                    patients,
+                    size,
+                    scaling=scalings[name],
+                    heart_masks=boxed.hearts,
+                    rule=level if rule == TUNED else rule,
+                    **geometry,
+                )
+        level = levels.get("weights", DEFAULT_LEVEL) if rule == TUNED else rule  # min-max scaled, as p is
         map_size = predictions.attention.shape[1:]
-        controls = score_controls(boxed.boxes, patients, size, map_size, seed=run.config.seed, **options)
-        scores |= {(name, str(rule)): values for name, values in controls.items()}
+        options = geometry | {"seed": run.config.seed, "rule": level}
+        controls = score_controls(boxed.boxes, patients, size, map_size, **options)
+        scores |= {(name, rule): values for name, values in controls.items()}
     called = predictions.score[rows] >= threshold
     return LocalizationTable(np.asarray(predictions.index["id"])[rows], called, scores)
-
-
-def tune_thresholds(run: Run, predictions: Predictions, boxed: BoxedImages) -> dict[str, dict[str, float]] | None:
-    """Find for each map the level of the highest mean IoU on a phantom's dev boxes; None on X-rays or without a box.
-
-    The level can then be stated for X-rays, whose boxes no threshold is ever fitted to: config.eval.map_threshold.
-
-    Returns:
-      map -> {'threshold', 'mean_iou', 'num_images'}.
-    """
-    if not run.dataset.is_phantom or not len(boxed.rows):
-        return None
-    rows, boxes = boxed.rows[:NUM_TUNED], boxed.boxes[:NUM_TUNED]
-    geometry = {"stride": run.model.backbone.stride, "offset": run.model.backbone.offset}
-    tuned = {}
-    for name, maps in predictions.maps.items():
-        options = geometry | {"scaling": SCALINGS[name]}
-        patients = predictions.index["patient"][rows]
-        overlap = {
-            level: score_maps(maps[rows], boxes, patients, run.dataset.image_size, rule=level, **options).iou.mean()
-            for level in TUNED_LEVELS
-        }
-        best = max(overlap, key=overlap.get)
-        tuned[name] = {"threshold": best, "mean_iou": float(overlap[best]), "num_images": len(rows)}
-    return tuned
 
 
 def _predict_with_random_weights(run: Run, split_name: str, rows: np.ndarray) -> dict[str, np.ndarray]:

@@ -17,9 +17,11 @@ from cxa_jax.errors import UserError
 from cxa_jax.evaluate import Predictions, evaluate_split
 from cxa_jax.finding_metrics import write_findings
 from cxa_jax.localization_table import LocalizationTable, write_localization
-from cxa_jax.map_evaluation import evaluate_maps, find_boxed_images, tune_thresholds
+from cxa_jax.map_evaluation import evaluate_maps, find_boxed_images
+from cxa_jax.map_levels import MapLevels, find_levels, tune_levels
 from cxa_jax.metrics import compute_youden_threshold
-from cxa_jax.predictions import write_predictions
+from cxa_jax.predictions import PredictionTable, read_predictions, write_predictions
+from cxa_jax.results import DEV_FILE, name_other_dev
 from cxa_jax.run import Run, create_run, log_run
 from cxa_jax.run_metrics import compute_run_metrics
 from cxa_jax.saved_maps import choose_rows, save_maps
@@ -78,16 +80,18 @@ def _evaluate(config: ConfigDict, folder: pathlib.Path, output: pathlib.Path) ->
 def write_outputs(run: Run, folder: pathlib.Path, output: pathlib.Path) -> dict[str, Any]:
     """Restore the best state of `folder`, predict dev and test, and write every number and picture to `output`."""
     variables, meta = restore_best(run, folder)
-    dev, test = (predict_split(run, variables, name, output) for name in ("dev", "test"))
-    boxes = save_localization(run, dev, test, output)
+    dev, dev_name, tuned = predict_dev(run, variables, folder, output, meta["config"]["data.image_size"])
+    test = predict_split(run, variables, "test", output)
+    levels = find_levels(run, tuned)
+    boxes = save_localization(run, dev, test, output, levels)
     if test.finding_logits is not None:
         write_findings(test, run.config.eval.num_bootstrap, run.config.seed, output)
     if output == folder:  # at the training size: what foreign images are compared with
         statistics = compute_input_statistics(run.dataset.splits["train"], run.dataset.fingerprint)
         save_input_statistics(statistics, folder)
     report = {"checkpoint": _describe_checkpoint(meta)}
-    report |= compute_run_metrics(run, dev.to_table(), test.to_table(), boxes)
-    report["phantom_tuned_levels"] = tune_thresholds(run, dev, find_boxed_images(run.dataset.splits["dev"]))
+    report |= compute_run_metrics(run, dev, test.to_table(), boxes, levels, dev_name)
+    report["phantom_tuned_levels"] = tuned
     now = {field: value for field, value in flatten_config(run.config).items() if field.startswith("eval.")}
     report |= {"config": meta["config"] | now, "environment": describe_environment()}
     write_atomically(output / "metrics.json", to_json(report))
@@ -100,14 +104,39 @@ def write_outputs(run: Run, folder: pathlib.Path, output: pathlib.Path) -> dict[
     return report
 
 
-def save_localization(run: Run, dev: Predictions, test: Predictions, output: pathlib.Path) -> LocalizationTable | None:
+def predict_dev(
+    run: Run, variables: dict[str, PyTree], folder: pathlib.Path, output: pathlib.Path, image_size: int
+) -> tuple[PredictionTable, str, dict[str, Any] | None]:
+    """Predict dev; return its table, what it is in words, and the map levels tuned on it.
+
+    Where the data of another test size have other dev images than the run had, as a few originals have, the run's own
+    predictions at its training size stand in: a threshold wants the dev images that there are.
+    """
+    own, split = folder / DEV_FILE, run.dataset.splits["dev"]
+    if output != folder and own.is_file():
+        table = read_predictions(own)
+        if set(table.id) != set(split.index["id"]):
+            log.warning(
+                "the data at %d px have other dev images than the run (%d, not %d): threshold and calibration are "
+                "from dev at %d px",
+                run.dataset.image_size, len(split.index["id"]), len(table), image_size,
+            )  # fmt: skip
+            (output / DEV_FILE).unlink(missing_ok=True)
+            return table, name_other_dev(image_size), None
+    predictions = predict_split(run, variables, "dev", output)
+    return predictions.to_table(), "dev", tune_levels(run, predictions, find_boxed_images(split))
+
+
+def save_localization(
+    run: Run, dev: PredictionTable, test: Predictions, output: pathlib.Path, levels: MapLevels | None = None
+) -> LocalizationTable | None:
     """Score the maps against the boxes, and write localization_test.csv and maps_test.npz."""
     split, backbone = run.dataset.splits[test.split], run.model.backbone
     boxed = find_boxed_images(split)
     threshold = compute_youden_threshold(dev.label, dev.score)
     if not np.isfinite(threshold):  # dev has one class
         threshold = FIXED_THRESHOLD
-    table = evaluate_maps(run, test, boxed, threshold)
+    table = evaluate_maps(run, test, boxed, threshold, levels and levels.levels)
     if table is not None:
         write_localization(output / "localization_test.csv", table)
     rows = choose_rows(test, boxed.rows)

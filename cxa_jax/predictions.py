@@ -5,6 +5,7 @@ import os
 import pathlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 
@@ -38,6 +39,12 @@ class PredictionTable:
 
     def __len__(self) -> int:
         return len(self.id)
+
+    def take(self, rows: np.ndarray) -> Self:
+        """Return the given rows, in their order."""
+        columns = {name: getattr(self, name) for name in ("id", "label", "score", "patient", "logit")}
+        taken = {name: None if column is None else column[rows] for name, column in columns.items()}
+        return type(self)(**taken, attributes={name: column[rows] for name, column in self.attributes.items()})
 
 
 def read_predictions(path: str | os.PathLike) -> PredictionTable:

@@ -139,11 +139,11 @@ def draw_reliability(report: dict[str, Any], phantom: bool) -> Picture:
     figure, panels = create_panels(len(groups), 4, (3.4, 3.9), (0.6, 0.5), phantom)
     for axes, group in zip(panels, groups, strict=True):
         run = group["per_run"][0]
-        fits = run["calibration"] or {"before": run | {"calibration_error": run["calibration_error"]["estimate"]}}
+        fits = run["calibration"] or {"before": run}
         axes.plot([0, 1], [0, 1], color="gray", linewidth=0.8)
         for index, name in enumerate(key for key in ("before", "temperature", "platt") if key in fits):
             curve = {key: _as_floats(values) for key, values in fits[name]["reliability"].items()}
-            error = fits[name]["calibration_error"]
+            error = fits[name]["calibration_error"]["estimate"]
             drawn = curve["count"] > 0
             x, y = curve["mean_score"][drawn], curve["positive_share"][drawn]
             axes.plot(x, y, linewidth=1, label=f"{name}: {error:.3f}", **style_of(index))

@@ -3,7 +3,7 @@
 from typing import Any
 
 from cxa_jax.localization import IOBB_THRESHOLDS
-from cxa_jax.localization_table import CONTROLS, RANDOM_WEIGHTS, SETS, is_control
+from cxa_jax.localization_table import CONTROLS, RANDOM_WEIGHTS, SETS, TUNED, is_control
 from cxa_jax.map_evaluation import PROTOCOL
 from cxa_jax.report_tables import Table, format_interval, format_number
 
@@ -21,6 +21,7 @@ RULE_NAMES = {
     "half_max": "half the maximum, largest component",
     "otsu": "Otsu, largest component",
     "wang": "60 and 180 of 255, every component (Wang 2017)",
+    TUNED: "a level tuned on phantoms, largest component",
 }
 SET_NAMES = {"all_boxed": "all boxed positives", "predicted_positives": "boxed positives that the model calls positive"}
 OVERLAP = ("mean_iou", "accuracy_iou_0.1", "accuracy_iou_0.3", "accuracy_iou_0.5", "accuracy_iou_0.7")
@@ -34,11 +35,6 @@ def name_map(name: str) -> str:
     if name.startswith(RANDOM_WEIGHTS):
         return f"control: {MAP_NAMES[name.removeprefix(RANDOM_WEIGHTS)]} of random weights"
     return MAP_NAMES[name]
-
-
-def name_rule(rule: str) -> str:
-    """Return the reader's name of a threshold rule; a number is a level that was tuned on phantoms."""
-    return RULE_NAMES.get(rule, f"level {rule}, stated beforehand, largest component")
 
 
 def tabulate_localization(report: dict[str, Any]) -> list[Table]:
@@ -78,7 +74,7 @@ def _tabulate_overlap(groups: list[dict[str, Any]], which: str, rule: str) -> Ta
         for model, name, values in found
     ]
     head = ["model", "map", *(_column_name(column) for column in columns)]
-    title = f"Localisation, {SET_NAMES[which]}, boxes by {name_rule(rule)}"
+    title = f"Localisation, {SET_NAMES[which]}, boxes by {RULE_NAMES[rule]}"
     note = (
         f"{PROTOCOL}. Energy: share of the map inside the box over the box's share of the image, 1 is chance. "
         "A map that does not beat the constant box has shown nothing."

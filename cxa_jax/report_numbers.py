@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from cxa_jax.classification import FIXED_THRESHOLD, THRESHOLD_FREE, describe_classification, short_interval
+from cxa_jax.classification import (
+    FIXED_THRESHOLD,
+    PREVALENCES,
+    STRATUM_METRICS,
+    THRESHOLD_FREE,
+    describe_predictions,
+    describe_strata,
+    short_interval,
+)
 from cxa_jax.comparison import PairedTest
 from cxa_jax.errors import UserError
 from cxa_jax.group_statistics import GroupStatistic, bootstrap_group, compare_groups, compute_group_delong
@@ -16,6 +24,7 @@ from cxa_jax.localization_table import summarize_tables
 from cxa_jax.paper_tables import name_model
 from cxa_jax.results import Result
 from cxa_jax.statistics import NUM_RESAMPLES
+from cxa_jax.strata import find_strata
 from cxa_jax.workdir import describe_changes
 
 THRESHOLD_STATISTICS = (
@@ -31,12 +40,14 @@ class Group:
     Attributes:
         name: the paper's name where there is one; what differs is added where two groups would share it.
         results: the runs.
+        numbers: of each run, `classification.describe_predictions`.
         statistics: 'free' -> metric -> GroupStatistic, and the same under 'at_0.5' and, if known, 'at_dev_threshold'.
         thresholds: of each run, under 'at_0.5' and 'at_dev_threshold'.
     """
 
     name: str
     results: tuple[Result, ...]
+    numbers: tuple[dict[str, Any], ...] = ()
     statistics: dict[str, dict[str, GroupStatistic]] = dataclasses.field(default_factory=dict)
     thresholds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
@@ -110,21 +121,30 @@ def compute_group(group: Group, num_resamples: int, seed: int) -> Group:
     test = group.results[0].test
     scores = [result.test.score for result in group.results]
     options = {"num_resamples": num_resamples, "seed": seed}
+    numbers = tuple(
+        describe_predictions(
+            result.test,
+            result.dev,
+            dev_name=result.dev_name,
+            prevalences=result.config.get("eval.prevalences", PREVALENCES),
+            **options,
+        )
+        for result in group.results
+    )
     statistics = {"free": bootstrap_group(test.label, scores, test.patient, THRESHOLD_FREE, **options)}
     thresholds = {"at_0.5": [FIXED_THRESHOLD] * len(scores)}
-    rows = [result.metrics["test"]["at_dev_threshold"] if result.metrics else None for result in group.results]
+    rows = [run["at_dev_threshold"] for run in numbers]
     if all(rows):
         thresholds["at_dev_threshold"] = [row["threshold"] for row in rows]
     for name, values in thresholds.items():
         statistics[name] = bootstrap_group(
             test.label, scores, test.patient, THRESHOLD_STATISTICS, thresholds=values, **options
         )
-    return dataclasses.replace(group, statistics=statistics, thresholds=thresholds)
+    return dataclasses.replace(group, numbers=numbers, statistics=statistics, thresholds=thresholds)
 
 
 def describe_group(group: Group, num_resamples: int, seed: int) -> dict[str, Any]:
     """Return a group's numbers for report.json: statistics, strata, calibration, paper-like values, localisation."""
-    tests = [_run_numbers(result, num_resamples, seed) for result in group.results]
     tables = [result.boxes for result in group.results if result.boxes is not None]
     described = {
         "name": group.name,
@@ -134,37 +154,33 @@ def describe_group(group: Group, num_resamples: int, seed: int) -> dict[str, Any
     }
     for section, values in group.statistics.items():
         described[section] = {name: _describe(statistic) for name, statistic in values.items()}
-    described["per_run"] = tests
-    described["strata"] = [_mean_rows(rows) for rows in zip(*(test["strata"] for test in tests), strict=True)]
+    described["per_run"] = list(group.numbers)
+    described["strata"] = describe_group_strata(group, num_resamples, seed)
     described["localization"] = None
     if tables:
         described["localization"] = summarize_tables(tables, num_resamples=num_resamples, seed=seed)
     return described
 
 
-def _run_numbers(result: Result, num_resamples: int, seed: int) -> dict[str, Any]:
-    if result.metrics:
-        return result.metrics["test"]
-    return describe_classification(result.test, None, num_resamples=num_resamples, seed=seed)
+def describe_group_strata(group: Group, num_resamples: int, seed: int) -> list[dict[str, Any]]:
+    """Return `classification.describe_strata` of a group: of several runs means, with the variance between seeds."""
+    test, options = group.results[0].test, {"num_resamples": num_resamples, "seed": seed}
+    thresholds = group.thresholds.get("at_dev_threshold", group.thresholds["at_0.5"])
+    if len(thresholds) == 1:
+        return describe_strata(test, thresholds[0], **options)
+    rows = describe_strata(test, thresholds[0], **options | {"num_resamples": 1})  # its counts
+    for row, stratum in zip(rows, find_strata(test.label, test.attributes), strict=True):
+        row["threshold"] = float(np.mean(thresholds))
+        if not row["too_small"]:
+            label, patient = test.label[stratum.mask], None if test.patient is None else test.patient[stratum.mask]
+            scores = [result.test.score[stratum.mask] for result in group.results]
+            found = bootstrap_group(label, scores, patient, STRATUM_METRICS, thresholds=thresholds, **options)
+            row |= {name: short_interval(value.interval) for name, value in found.items()}
+    return rows
 
 
 def _describe(statistic: GroupStatistic) -> dict[str, Any]:
     return short_interval(statistic.interval) | {"values": list(statistic.values), "sd_over_seeds": statistic.sd}
-
-
-def _mean_rows(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the first run's stratum with every interval averaged over the runs, end by end."""
-    merged = dict(rows[0])
-    for name in ("auroc", "recall", "specificity"):
-        if name in merged:
-            ends = ("estimate", "low", "high")
-            merged[name] = {end: float(np.mean([_number(row[name][end]) for row in rows])) for end in ends}
-    merged["threshold"] = float(np.mean([row["threshold"] for row in rows]))
-    return merged
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value
 
 
 def compare_all(groups: Sequence[Group]) -> list[dict[str, Any]]:

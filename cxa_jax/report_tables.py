@@ -193,7 +193,7 @@ def tabulate_calibration(report: dict[str, Any]) -> Table | None:
             for name in ("before", "temperature", "platt") if fits else ():
                 values = fits[name]
                 shape = f"{values['scale']:.3g} z {values['bias']:+.3g}" if "scale" in values else "z"
-                cells = [format_number(values[key]) for key in ("calibration_error", "brier_score", "log_loss")]
+                cells = [format_interval(values[key]) for key in ("calibration_error", "brier_score", "log_loss")]
                 rows.append([group["name"], run, name, shape, fits["fitted_on"] if "scale" in values else DASH, *cells])
     note = (
         "Measured on test. A fit holds for dev's prevalence; where test's is another, Platt scaling can make it worse."

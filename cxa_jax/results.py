@@ -15,6 +15,7 @@ from cxa_jax.predictions import PredictionTable, read_predictions
 from cxa_jax.saved_maps import SavedMaps, load_maps
 
 CURE = "finish the run, or test its best state again: the run's command with --mode=evaluate"
+DEV_FILE = "predictions_dev.csv"
 HISTORY = ("epoch", "train_loss", "dev_loss", "dev_auroc")  # what is read of metrics.csv
 
 
@@ -27,6 +28,7 @@ class Result:
         path: folder or file.
         test: predictions on test; those of all results of a report are in one order.
         dev: predictions on dev, or None.
+        dev_name: what dev is, in words.
         metrics: what metrics.json holds; None for a predictions file.
         boxes: localisation scores, None without boxes.
         maps: pictures and maps, None for a predictions file.
@@ -38,6 +40,7 @@ class Result:
     path: pathlib.Path
     test: PredictionTable
     dev: PredictionTable | None = None
+    dev_name: str = "dev"
     metrics: dict[str, Any] | None = None
     boxes: LocalizationTable | None = None
     maps: SavedMaps | None = None
@@ -57,6 +60,9 @@ class Result:
 
 def load_results(paths: Sequence[str]) -> list[Result]:
     """Load runs and predictions files, all on the same test images, and bring them into one order.
+
+    A run that was tested on a part of another's images, such as the originals that are at hand at a larger test size,
+    brings all runs to that part. Beside a file `NAME_test.csv`, `NAME_dev.csv` is its dev.
 
     Raises:
         UserError: none given, one given twice, one that is missing or unfinished, phantoms beside X-rays, or other
@@ -88,26 +94,32 @@ def _short_names(places: list[pathlib.Path]) -> list[str]:
 
 def _load(path: pathlib.Path, name: str) -> Result:
     if path.is_file():
-        return Result(name, path, read_predictions(path))
+        dev = path.with_name("dev".join(path.name.rsplit("test", 1)))
+        has_dev = "test" in path.name and dev.is_file()
+        return Result(name, path, read_predictions(path), read_predictions(dev) if has_dev else None, dev.name)
     if not path.is_dir():
         raise UserError(f"--workdirs: there is no {path}")
-    for file in ("metrics.json", "predictions_test.csv", "predictions_dev.csv"):
+    home = path.parent if path.name.startswith("eval_") else path  # another test size lies in its run's folder
+    dev = next((folder for folder in (path, home) if (folder / DEV_FILE).is_file()), None)
+    for file in ("metrics.json", "predictions_test.csv"):
         if not (path / file).is_file():
             raise UserError(f"{path} has no {file}: {CURE}")
+    if dev is None:
+        raise UserError(f"{path} has no {DEV_FILE}: {CURE}")
     try:
         metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path / 'metrics.json'} is no JSON ({error}): {CURE}") from error
     if not (path / "maps_test.npz").is_file() or "strata" not in metrics.get("test", {}):
         raise UserError(f"{path} was tested by an older version: {CURE}")
-    home = path.parent if path.name.startswith("eval_") else path  # another test size lies in its run's folder
     picture = home / "augmentation.png"
     boxes = path / "localization_test.csv"
     return Result(
         name,
         path,
         test=read_predictions(path / "predictions_test.csv"),
-        dev=read_predictions(path / "predictions_dev.csv"),
+        dev=read_predictions(dev / DEV_FILE),
+        dev_name="dev" if dev == path else name_other_dev(metrics["config"]["data.image_size"]),
         metrics=metrics,
         boxes=read_localization(boxes) if boxes.is_file() else None,
         maps=load_maps(path / "maps_test.npz"),
@@ -123,29 +135,48 @@ def _read_history(path: pathlib.Path) -> tuple[dict[str, float], ...]:
         return tuple({name: float(row[name] or "nan") for name in HISTORY} for row in csv.DictReader(file))
 
 
+def name_other_dev(image_size: int) -> str:
+    """Return what dev is where the images of another test size have none of their own."""
+    return f"dev at {image_size} px"
+
+
 def _align(results: list[Result]) -> list[Result]:
-    """Bring all tables into the order of the first one with patients, whose patients and attributes then serve all."""
-    reference = next((result for result in results if result.test.patient is not None), results[0])
-    order = np.argsort(reference.test.id)
+    """Bring all tables to the images that all share, in the order of the table that knows most, whose attributes serve.
+
+    Images may be missing in runs alone, and in one only if another has them all: what a file lacks is a mistake.
+    """
+    tables = [result.test for result in results]
+    knows_most = max(tables, key=lambda table: (table.patient is not None, len(table.attributes)))
+    fewest = min((result.test for result in results), key=len)
+    reference = knows_most.take(np.isin(knows_most.id, fewest.id))
+    order = np.argsort(reference.id)
     back = np.empty_like(order)
     back[order] = np.arange(len(order))
     aligned = []
     for result in results:
-        table = result.test
-        missing = set(reference.test.id) ^ set(table.id)
-        if missing:
-            raise UserError(
-                f"{result.name} and {reference.name} were tested on other images: {len(table)} and "
-                f"{len(reference.test)}, of which {len(missing)} are in one alone, such as {min(missing)}; make one "
-                "report for each set of images"
-            )
+        _check_images(result, results, fewest)
+        table = result.test.take(np.isin(result.test.id, reference.id))
         rows = np.argsort(table.id)[back]
         label = table.label[rows]
-        differ = label != reference.test.label
+        differ = label != reference.label
         if differ.any():
-            image_id = reference.test.id[np.argmax(differ)]
-            raise UserError(f"{result.name} and {reference.name} disagree on the label of {image_id}")
+            name = results[[table is knows_most for table in tables].index(True)].name
+            raise UserError(f"{result.name} and {name} disagree on the label of {reference.id[np.argmax(differ)]}")
         logit = None if table.logit is None else table.logit[rows]
-        test = dataclasses.replace(reference.test, score=table.score[rows], logit=logit)
-        aligned.append(dataclasses.replace(result, test=test))
+        test = dataclasses.replace(reference, score=table.score[rows], logit=logit)
+        boxes = result.boxes and result.boxes.take(np.isin(result.boxes.ids, reference.id))
+        aligned.append(dataclasses.replace(result, test=test, boxes=boxes))
     return aligned
+
+
+def _check_images(result: Result, results: list[Result], fewest: PredictionTable) -> None:
+    """Refuse a result that lacks some of `fewest`, and a file that lacks images or has others."""
+    for other in results:
+        missing = set(other.test.id) ^ set(result.test.id)
+        nested = result.metrics and other.metrics and set(fewest.id) <= set(result.test.id)
+        if missing and not nested:
+            raise UserError(
+                f"{result.name} and {other.name} were tested on other images: {len(result.test)} and "
+                f"{len(other.test)}, of which {len(missing)} are in one alone, such as {min(missing)}; make one "
+                "report for each set of images"
+            )

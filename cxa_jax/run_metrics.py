@@ -11,6 +11,7 @@ from cxa_jax.data.datasets import Split, shared_patients
 from cxa_jax.errors import UserError
 from cxa_jax.localization_table import LocalizationTable, summarize_tables
 from cxa_jax.map_evaluation import PROTOCOL
+from cxa_jax.map_levels import MapLevels
 from cxa_jax.predictions import PredictionTable
 from cxa_jax.run import Run
 from cxa_jax.statistics import bootstrap_interval
@@ -20,12 +21,18 @@ log = logging.getLogger(__name__)
 
 
 def compute_run_metrics(
-    run: Run, dev: PredictionTable, test: PredictionTable, boxes: LocalizationTable | None
+    run: Run,
+    dev: PredictionTable,
+    test: PredictionTable,
+    boxes: LocalizationTable | None,
+    levels: MapLevels | None = None,
+    dev_name: str = "dev",
 ) -> dict[str, Any]:
     """Compute every number of a run: classification on dev and test, localisation beside its controls, a baseline.
 
     The second threshold maximises Youden's J on dev, and dev fits the calibration; nothing is chosen on test.
     """
+    protocol = {"dev_name": dev_name, "prevalences": run.config.eval.prevalences}
     options = {"num_resamples": run.config.eval.num_bootstrap, "seed": run.config.seed}
     return {
         "data": run.dataset.name,
@@ -38,15 +45,15 @@ def compute_run_metrics(
             "num_positives": int(run.dataset.splits["train"].index["label"].sum()),
             "patients_shared": {"/".join(pair): count for pair, count in shared_patients(run.dataset).items()},
         },
-        "dev": describe_classification(dev, dev, **options),
-        "test": describe_classification(test, dev, **options),
-        "localization": describe_localization(run, boxes, **options),
+        "dev": describe_classification(dev, dev, **options, **protocol),
+        "test": describe_classification(test, dev, **options, **protocol),
+        "localization": describe_localization(run, boxes, levels, **options),
         "thumbnail_baseline": describe_thumbnail_baseline(run, test, run.dataset.splits["test"]),
     }
 
 
 def describe_localization(
-    run: Run, boxes: LocalizationTable | None, *, num_resamples: int, seed: int
+    run: Run, boxes: LocalizationTable | None, levels: MapLevels | None, *, num_resamples: int, seed: int
 ) -> dict[str, Any] | None:
     """Return the localisation scores with their protocol; None without any box."""
     if boxes is None:
@@ -54,6 +61,7 @@ def describe_localization(
     geometry = {"stride_px": run.model.backbone.stride, "offset_px": run.model.backbone.offset}
     return {
         "protocol": PROTOCOL,
+        "levels": levels and dataclasses.asdict(levels),
         "geometry": geometry | {"image_size_px": run.dataset.image_size},
         "num_images": len(boxes.ids),
         "num_patients": len(np.unique(boxes.patients)),

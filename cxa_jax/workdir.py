@@ -44,15 +44,8 @@ FREE_FIELDS = (
     "train.checkpoint_every_steps",
     "train.remat",
     "train.resume_changed",
-    "eval.batch_size",
-    "eval.image_size",
-    "eval.overlay_intensity",
-    "eval.map_threshold",
-    "eval.num_bootstrap",
-    "benchmark.num_steps",
-    "benchmark.num_warmup",
-    "benchmark.memory_gib",
 )
+FREE_SECTIONS = ("eval.", "benchmark.")
 
 # Fields whose change makes other arrays, as `describe_changes` writes them: no checkpoint can be carried over.
 NETWORK_FIELDS = ("config.model.backbone:", "config.model.pooling:", "config.model.head:", "config.model.labels:")
@@ -187,6 +180,7 @@ def flatten_config(config: ConfigDict) -> dict[str, Any]:
 def describe_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return 'config.a.b: old -> new' for every field that shapes a result and differs; inputs are flat configs."""
     fields = sorted((old.keys() | new.keys()) - set(FREE_FIELDS))
+    fields = [field for field in fields if not field.startswith(FREE_SECTIONS)]
     missing = "(absent)"
     return [
         f"config.{field}: {old.get(field, missing)!r} -> {new.get(field, missing)!r}"

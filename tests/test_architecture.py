@@ -23,6 +23,7 @@ FLOORS = [
     {"evaluate", "run"},
     {"warm_up"},
     {"map_evaluation", "saved_maps", "trained_network"},
+    {"map_levels"},
     {"figures", "run_metrics", "summary", "ablation_table", "finding_metrics", "measurements"},
     {"results", "panels"},
     {"predict", "export", "selftest"},

@@ -79,6 +79,11 @@ def test_other_prevalences_are_the_reweighted_matrix_with_an_interval(described)
     assert point["paper_like"]["num_negatives"] == 4 * point["paper_like"]["num_positives"]
 
 
+def test_any_prevalence_can_be_stated():
+    report = describe_classification(make_table(60, 20, 8), None, num_resamples=5, prevalences=(0.05,))
+    assert list(report["at_0.5"]["at_prevalence"]) == ["0.05"]
+
+
 def test_calibration_is_fitted_on_dev_and_measured_on_test(described):
     fits = described[2]["calibration"]
     shifted = make_table(500, 100, 0)
@@ -88,8 +93,16 @@ def test_calibration_is_fitted_on_dev_and_measured_on_test(described):
     dev = make_table(300, 60, 1)
     moved = PredictionTable(**(vars(dev) | {"logit": dev.logit + 3, "score": 1 / (1 + np.exp(-dev.logit - 3))}))
     bad = describe_classification(shifted, moved, num_resamples=2)["calibration"]
-    assert bad["before"]["calibration_error"] > 0.3 > 0.1 > bad["platt"]["calibration_error"]
-    assert bad["platt"]["log_loss"] == pytest.approx(fits["platt"]["log_loss"], rel=1e-3)  # Platt undoes the shift
+    errors = {name: bad[name]["calibration_error"]["estimate"] for name in ("before", "platt")}
+    assert errors["before"] > 0.3 > 0.1 > errors["platt"]
+    losses = [scaled["platt"]["log_loss"]["estimate"] for scaled in (bad, fits)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # Platt undoes the shift
+    test = described[0]
+    before = fits["before"]
+    assert before["log_loss"]["estimate"] == pytest.approx(sklearn_metrics.log_loss(test.label, test.score))
+    assert before["brier_score"] == {key: described[2]["brier_score"][key] for key in ("estimate", "low", "high")}
+    for values in (before, fits["temperature"], fits["platt"]):
+        assert values["log_loss"]["low"] < values["log_loss"]["estimate"] < values["log_loss"]["high"]
     assert bad["platt"]["bias"] < fits["platt"]["bias"] - 1
     assert "300 images" in fits["fitted_on"]
 

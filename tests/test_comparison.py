@@ -114,7 +114,7 @@ OVARIAN_CANCER = """
 
 
 def test_delong_gives_the_published_values_of_delongs_own_data():
-    """Values as the SAS/STAT manual prints them (PROC LOGISTIC, "Comparing Receiver Operating Characteristic Curves")."""
+    """As the SAS/STAT manual prints them (PROC LOGISTIC, "Comparing Receiver Operating Characteristic Curves")."""
     albumin, protein, kg, benefit = np.array(OVARIAN_CANCER.split(), float).reshape(-1, 4).T
     auroc, covariance = comparison.compute_delong_covariance(benefit, [albumin, protein, -kg])
     assert auroc == pytest.approx([0.7366, 0.6478, 0.7258], abs=5e-5)

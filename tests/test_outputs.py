@@ -9,8 +9,9 @@ import pytest
 import tiny
 from sklearn.metrics import log_loss, roc_auc_score
 
-from cxa_jax import figures, map_evaluation, outputs, run_metrics, summary
+from cxa_jax import figures, map_evaluation, map_levels, outputs, run_metrics, summary
 from cxa_jax import run as run_module
+from cxa_jax.errors import UserError
 from cxa_jax.evaluate import Predictions, compute_loss, evaluate_split
 from cxa_jax.localization import score_maps
 from cxa_jax.metric_writer import write_history
@@ -65,8 +66,10 @@ def test_loss_is_scikit_learns(seed):
 
 def test_numbers_of_a_run(run, predicted, tmp_path):
     dev, test = predicted["dev"], predicted["test"]
-    boxes = outputs.save_localization(run, dev, test, tmp_path)
-    numbers = run_metrics.compute_run_metrics(run, dev.to_table(), test.to_table(), boxes)
+    tuned = map_levels.tune_levels(run, dev, map_evaluation.find_boxed_images(run.dataset.splits["dev"]))
+    levels = map_levels.find_levels(run, tuned)
+    boxes = outputs.save_localization(run, dev.to_table(), test, tmp_path, levels)
+    numbers = run_metrics.compute_run_metrics(run, dev.to_table(), test.to_table(), boxes, levels)
     text = json.loads(to_json(numbers), parse_constant=pytest.fail)
     assert text["test"]["auroc"]["estimate"] == pytest.approx(roc_auc_score(test.label, test.score))
     assert text["test"]["at_0.5"]["threshold"] == 0.5
@@ -74,7 +77,9 @@ def test_numbers_of_a_run(run, predicted, tmp_path):
     maps = text["localization"]["all_boxed"]["rules"]["half_max"]
     own = {"attention", "weights", "evidence", "grad_cam"}
     assert set(maps) - {f"random_weights_{name}" for name in own} == own | {"median_box", "image_centre", "random_map"}
-    assert set(text["localization"]["all_boxed"]["rules"]) == {"half_max", "otsu", "wang"}
+    assert set(text["localization"]["all_boxed"]["rules"]) == {"half_max", "otsu", "wang", "phantom_tuned"}
+    at_level = text["localization"]["all_boxed"]["rules"]["phantom_tuned"]
+    assert set(at_level) == set(maps) and text["localization"]["levels"]["source"].startswith("dev hearts")
     assert maps["median_box"]["mean_iou"]["estimate"] == pytest.approx(1)  # all tiny boxes are one box
     assert text["thumbnail_baseline"]["auroc"]["estimate"] > 0.9
     lines = summary.format_summary(numbers)
@@ -85,7 +90,7 @@ def test_numbers_of_a_run(run, predicted, tmp_path):
 def test_levels_are_tuned_on_dev_boxes_of_phantoms_alone(run, predicted):
     dev = predicted["dev"]
     boxed = map_evaluation.find_boxed_images(run.dataset.splits["dev"])
-    tuned = map_evaluation.tune_thresholds(run, dev, boxed)
+    tuned = map_levels.tune_levels(run, dev, boxed)
     assert set(tuned) == set(dev.maps)
     patients, backbone = dev.index["patient"][boxed.rows], run.model.backbone
     overlap = [
@@ -93,11 +98,34 @@ def test_levels_are_tuned_on_dev_boxes_of_phantoms_alone(run, predicted):
             dev.evidence[boxed.rows], boxed.boxes, patients, tiny.SIZE, backbone.stride, backbone.offset, level,
             scaling="positive",
         ).iou.mean()
-        for level in map_evaluation.TUNED_LEVELS
+        for level in map_levels.TUNED_LEVELS
     ]  # fmt: skip
     assert tuned["evidence"]["mean_iou"] == pytest.approx(max(overlap))
     xrays = dataclasses.replace(run, dataset=dataclasses.replace(run.dataset, name="chestxray14"))
-    assert map_evaluation.tune_thresholds(xrays, dev, boxed) is None
+    assert map_levels.tune_levels(xrays, dev, boxed) is None
+
+
+def test_xrays_take_the_levels_of_a_phantom_run(run, tmp_path):
+    phantoms = tmp_path / "phantoms"
+    phantoms.mkdir()
+    facts = {
+        "phantom_tuned_levels": {"evidence": {"threshold": 0.35}},
+        "config": dict(run_config(run)),
+        "image_size": 64,
+    }
+    (phantoms / "metrics.json").write_text(json.dumps(facts))
+    config = tiny.make_config(**{"eval.levels_run": str(phantoms)})
+    xrays = dataclasses.replace(run, config=config, dataset=dataclasses.replace(run.dataset, name="chestxray14"))
+    levels = map_levels.find_levels(xrays, None)
+    assert levels.levels == {"evidence": 0.35} and "phantoms" in levels.source and "64 px" in levels.source
+    (phantoms / "metrics.json").write_text("{}")
+    with pytest.raises(UserError, match="eval.levels_run=.* is no tested run on chest phantoms"):
+        map_levels.find_levels(xrays, None)
+    assert map_levels.find_levels(dataclasses.replace(xrays, config=tiny.make_config()), None) is None
+
+
+def run_config(run):
+    return {f"model.{name}": run.config.model[name] for name in ("backbone", "pooling", "head")}
 
 
 def test_examples_are_drawn_not_picked():

@@ -55,12 +55,35 @@ def test_other_images_or_labels_are_refused(run: pathlib.Path, tmp_path: pathlib
     table = read_predictions(run / "predictions_test.csv")
     rows = [(image_id, label, 0.5) for image_id, label in zip(table.id, table.label, strict=True)]
     with pytest.raises(
-        UserError, match="other images: 59 and 60, of which 1 are in one alone, such as phantom_test000"
+        UserError, match="other images: 60 and 59, of which 1 are in one alone, such as phantom_test000"
     ):
         load_results([str(run), write_csv(tmp_path / "fewer.csv", rows[1:])])
     rows[3] = (rows[3][0], 1 - rows[3][1], 0.5)
     with pytest.raises(UserError, match=f"disagree on the label of {rows[3][0]}"):
         load_results([str(run), write_csv(tmp_path / "flipped.csv", rows)])
+
+
+def test_a_file_finds_its_dev_beside_it(run: pathlib.Path):
+    (result,) = load_results([str(run / "predictions_test.csv")])
+    assert result.metrics is None and result.dev_name == "predictions_dev.csv" and len(result.dev) == 40
+
+
+def test_a_run_on_a_part_of_the_images_brings_all_to_that_part(run: pathlib.Path, tmp_path: pathlib.Path):
+    table = read_predictions(run / "predictions_test.csv")
+    kept = table.id[10:40]
+    part = pathlib.Path(copy_run(run, tmp_path / "eval_1024"))
+    lines = (run / "predictions_test.csv").read_text().splitlines()
+    chosen = [line for line in lines[1:] if line.split(",")[0] in kept]
+    (part / "predictions_test.csv").write_text("\n".join([lines[0], *chosen[::-1]]) + "\n")
+    (part / "predictions_dev.csv").unlink()
+    (tmp_path / "predictions_dev.csv").write_text((run / "predictions_dev.csv").read_text())
+    results = load_results([str(run), str(part)])
+    for result in results:
+        assert sorted(result.test.id) == sorted(kept) and np.array_equal(result.test.score, results[0].test.score)
+        assert set(result.boxes.ids) == set(kept[result.test.label[np.argsort(result.test.id)] == 1])
+    assert [result.dev_name for result in results] == ["dev", "dev at 64 px"]
+    with pytest.raises(UserError, match="make one report for each"):  # a file that lacks images is a mistake
+        load_results([str(run), write_csv(tmp_path / "few.csv", [(i, 0, 0.5) for i in kept])])
 
 
 def test_phantoms_and_patients_are_not_mixed(run: pathlib.Path, tmp_path: pathlib.Path):
