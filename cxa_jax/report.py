@@ -66,6 +66,7 @@ def _write_report(results: Sequence[Result], folder: pathlib.Path) -> dict[str, 
 def compute_report(results: Sequence[Result], groups: Sequence[Group], num_resamples: int) -> dict[str, Any]:
     """Return what report.json holds: data, protocol, groups, comparisons, baselines, runs."""
     data = describe_counts(results[0].test)
+    data["left_out"] = {result.name: result.num_left_out for result in results if result.num_left_out}
     baselines = [
         result.metrics["thumbnail_baseline"]
         for result in results
@@ -111,7 +112,7 @@ def draw_pictures(groups: Sequence[Group], report: dict[str, Any]) -> list[Pictu
         *report_pictures.draw_attention(groups, phantom, intensity),
         report_pictures.draw_pairs(groups, phantom),
         *(report_pictures.draw_worst(group, phantom) for group in groups),
-        *(report_pictures.draw_contact_sheet(group, phantom) for group in groups),
+        *(sheet for group in groups for sheet in report_pictures.draw_contact_sheets(group, phantom)),
     ]
     return [picture for picture in pictures if picture is not None]
 
@@ -154,6 +155,7 @@ def arrange(report: dict[str, Any], results: Sequence[Result], pictures: dict[st
     paper = [
         report_tables.tabulate_paper(report, report_tables.TABLE_5_METRICS, "Table 5: averages and AUROC"),
         report_tables.tabulate_paper(report, report_tables.TABLE_4_METRICS, "Table 4: by class"),
+        report_tables.tabulate_feasibility(),
     ]
     sections = {
         "Classification": [
@@ -173,4 +175,18 @@ def arrange(report: dict[str, Any], results: Sequence[Result], pictures: dict[st
         "Worst errors": named("worst"),
         "Training": [*named("learning", "fig3"), *tabulate_runs(report)],
     }
-    return [Section(title, [item for item in items if item is not None]) for title, items in sections.items()]
+    basis = describe_basis(report)
+    return [
+        Section(title, [item for item in items if item is not None], "" if title == "Training" else basis)
+        for title, items in sections.items()
+    ]
+
+
+def describe_basis(report: dict[str, Any]) -> str:
+    """Return what every number of a section rests on, unless its table says otherwise."""
+    data = report["data"]
+    return (
+        f"{data['num_images']:,} test images, {data['num_positives']:,} positive; {data['num_patients']:,} patients, "
+        f"{data['num_positive_patients']:,} with a positive image. In brackets: {data['interval_method']}, "
+        f"{report['protocol']['num_resamples']:,} resamples."
+    )

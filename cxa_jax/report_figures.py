@@ -128,8 +128,9 @@ def draw_confusion(report: dict[str, Any], phantom: bool) -> Picture:
         axes.set_xticks((0, 1), ("no finding", "cardiomegaly"), fontsize=8)
         axes.set_yticks((0, 1), ("no\nfinding", "cardio-\nmegaly"), fontsize=8)
         axes.set(xlabel="predicted", ylabel="true")
-        axes.set_title(f"{name}\nthreshold {point['threshold']:.3f}", fontsize=9)
-    caption = "Counts, and shares of the row. First run of each model, at 0.5 and at the threshold chosen on dev."
+        source = "fixed" if point["source"] == "fixed" else "chosen on dev"
+        axes.set_title(f"{name}\nthreshold {point['threshold']:.3f}, {source}", fontsize=9)
+    caption = "Counts, and shares of the row. First run of each model; all runs stand in Table 1."
     return Picture("fig5_confusion", "Fig. 5: confusion matrices", caption, figure)
 
 
@@ -185,7 +186,9 @@ def draw_strata(report: dict[str, Any], phantom: bool) -> Picture | None:
     axes.invert_yaxis()
     axes.set_xlabel("AUROC [95 %]; dotted: all images")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
-    return Picture("strata", "AUROC by stratum", "Counts stand in the table; too-small strata are left out.", figure)
+    return Picture(
+        "strata", "AUROC by stratum", "95 % intervals; counts are in the table. Too-small strata are left out.", figure
+    )
 
 
 def draw_overlap(report: dict[str, Any], phantom: bool) -> Picture | None:

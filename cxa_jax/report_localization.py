@@ -3,7 +3,7 @@
 from typing import Any
 
 from cxa_jax.localization import IOBB_THRESHOLDS
-from cxa_jax.localization_table import CONTROLS, RANDOM_WEIGHTS, SETS, TUNED, is_control
+from cxa_jax.localization_table import CONTROLS, RANDOM_WEIGHTS, SETS, TUNED
 from cxa_jax.map_evaluation import PROTOCOL
 from cxa_jax.report_tables import Table, format_interval, format_number
 
@@ -24,6 +24,7 @@ RULE_NAMES = {
     TUNED: "a level tuned on phantoms, largest component",
 }
 SET_NAMES = {"all_boxed": "all boxed positives", "predicted_positives": "boxed positives that the model calls positive"}
+HEAD = ("model", "map", "images (patients)")
 OVERLAP = ("mean_iou", "accuracy_iou_0.1", "accuracy_iou_0.3", "accuracy_iou_0.5", "accuracy_iou_0.7")
 POINTING = ("pointing", "energy_ratio", "heart_energy_ratio", "miss_rate")
 # Accuracy and average false positives at each of IOBB_THRESHOLDS, of Cardiomegaly (Wang et al. 2017).
@@ -42,49 +43,65 @@ def tabulate_localization(report: dict[str, Any]) -> list[Table]:
     groups = [group for group in report["groups"] if group["localization"]]
     if not groups:
         return []
-    tables = [
-        _tabulate_overlap(groups, which, rule) for which in SETS for rule in groups[0]["localization"][which]["rules"]
-    ]
+    found = {rule for group in groups for rule in group["localization"]["all_boxed"]["rules"]}
+    tables = [_tabulate_overlap(groups, which, rule) for which in SETS for rule in RULE_NAMES if rule in found]
     return [*tables, *(_tabulate_iobb(groups, which, report["phantom"]) for which in SETS)]
 
 
-def _rows_of(groups: list[dict[str, Any]], which: str, rule: str) -> list[tuple[str, str, dict[str, Any]]]:
-    """Return (model, map, metrics): each model's maps and their random-weight twins, then the controls.
+def _rows_of(groups: list[dict[str, Any]], which: str, rule: str) -> list[tuple[list[str], dict[str, Any]]]:
+    """Return ([model, map, images and patients], metrics): each model's maps and their random-weight twins, controls.
 
-    The controls stand once where all models share the images, and after each model where they do not.
+    A control stands once where it is the same for all models, and after each model where it is not.
     """
-    rows = []
-    for number, group in enumerate(groups, 1):
+    rows, controls = [], {}
+    for group in groups:
         part = group["localization"][which]
-        counts = ", ".join(str(count) for count in part["num_images"])
-        model, values = f"{group['name']} (n {counts}; {part['num_patients']} patients)", part["rules"].get(rule, {})
-        own = [name for name in values if not is_control(name) or name.startswith(RANDOM_WEIGHTS)]
-        rows += [(model, name, values[name]) for name in own]
-        if which != "all_boxed" or number == len(groups):
-            shared = model if which != "all_boxed" else "on the same images"
-            rows += [(shared, name, values[name]) for name in CONTROLS if name in values]
+        counts = f"{', '.join(str(count) for count in part['num_images'])} ({part['num_patients']})"
+        values = part["rules"].get(rule, {})
+        own = [name for name in values if name not in CONTROLS]
+        rows += [([group["name"], name_map(name), counts], values[name]) for name in own]
+        for name in CONTROLS:
+            seen = controls.setdefault(name, [])
+            if name in values and not any(_look_alike(values[name], metrics) for _, _, metrics in seen):
+                seen.append((group["name"], counts, values[name]))
+    for name, seen in controls.items():
+        for model, counts, metrics in seen:
+            rows.append(([f"images of {model}" if len(seen) > 1 else "all", name_map(name), counts], metrics))
     return rows
+
+
+def _look_alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return [format_interval(value) for value in a.values()] == [format_interval(value) for value in b.values()]
 
 
 def _tabulate_overlap(groups: list[dict[str, Any]], which: str, rule: str) -> Table:
     found = _rows_of(groups, which, rule)
-    columns = [name for name in (*OVERLAP, *POINTING) if any(name in values for _, _, values in found)]
-    rows = [
-        [model, name_map(name), *(format_interval(values.get(column)) for column in columns)]
-        for model, name, values in found
-    ]
-    head = ["model", "map", *(_column_name(column) for column in columns)]
+    columns = [name for name in (*OVERLAP, *POINTING) if any(name in values for _, values in found)]
+    rows = [[*names, *(format_interval(values.get(column)) for column in columns)] for names, values in found]
+    head = [*HEAD, *(_column_name(column) for column in columns)]
     title = f"Localisation, {SET_NAMES[which]}, boxes by {RULE_NAMES[rule]}"
     note = (
         f"{PROTOCOL}. Energy: share of the map inside the box over the box's share of the image, 1 is chance. "
         "A map that does not beat the constant box has shown nothing."
     )
+    if rule == TUNED:
+        note = f"{_describe_levels(groups)} {note}"
     return Table(title, head, rows, note, folded=(which, rule) != ("all_boxed", "half_max"))
+
+
+def _describe_levels(groups: list[dict[str, Any]]) -> str:
+    texts = []
+    for group in groups:
+        for run, chosen in zip(group["runs"], group["localization"]["levels"], strict=True):
+            if chosen:
+                levels = ", ".join(f"{name_map(name)} {level:g}" for name, level in chosen["levels"].items())
+                texts.append(f"{run}: {levels}, by {chosen['source']}.")
+    return f"Levels of the scaled map. {' '.join(texts)}"
 
 
 def _tabulate_iobb(groups: list[dict[str, Any]], which: str, phantom: bool) -> Table:
     rows = []
-    for model, name, values in _rows_of(groups, which, "wang"):
+    for names, values in _rows_of(groups, which, "wang"):
         cells = []
         for threshold in IOBB_THRESHOLDS:
             accuracy, false = (
@@ -93,11 +110,11 @@ def _tabulate_iobb(groups: list[dict[str, Any]], which: str, phantom: bool) -> T
             )
             cells.append(f"{format_interval(accuracy)} / {format_number(false and false['estimate'], 2)}")
         if any(name.startswith("accuracy_iobb") for name in values):
-            rows.append([model, name_map(name), *cells])
+            rows.append([*names, *cells])
     if not phantom and which == "all_boxed":
         cells = [f"{format_number(hits)} / {format_number(false, 2)}" for hits, false in WANG_PUBLISHED]
-        rows.append(["Wang 2017, published (146 images)", "their CAM", *cells])
-    head = ["model", "map", *(f"T(IoBB) {threshold:g}" for threshold in IOBB_THRESHOLDS)]
+        rows.append(["Wang 2017, published", "their CAM", "146", *cells])
+    head = [*HEAD, *(f"T(IoBB) {threshold:g}" for threshold in IOBB_THRESHOLDS)]
     title = f"Accuracy / average false positives, {SET_NAMES[which]}, {RULE_NAMES['wang']}"
     return Table(title, head, rows, "IoBB: intersection over the detected area (Wang 2017).", folded=True)
 

@@ -28,10 +28,11 @@ class ShownPicture:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it, in order."""
+    """A heading, what its numbers rest on, and what stands below it, in order."""
 
     title: str
     items: list[Table | ShownPicture]
+    basis: str = ""
 
 
 def embed_picture(path: pathlib.Path, name: str, title: str, caption: str, width: int) -> ShownPicture:
@@ -46,11 +47,13 @@ def render_page(report: dict[str, Any], cards: list[Card], sections: list[Sectio
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     data = report["data"]
-    kind = "chest phantoms, drawings" if report["phantom"] else "chest X-rays"
+    kind = "drawings of chest phantoms" if report["phantom"] else "chest X-rays"
+    left_out = ", ".join(f"{name} {number:,}" for name, number in data["left_out"].items())
     return environment.get_template("report.html.j2").render(
         title="Cardiomegaly: " + ", ".join(group["name"] for group in report["groups"]),
         subtitle=f"Test: {data['num_images']:,} {kind}, {data['num_positives']:,} positive ({data['prevalence']:.1%}), "
         f"{data['num_patients']:,} patients. {report['protocol']['intervals']}",
+        left_out=left_out and f"Only images on which all were tested are counted. Left out: {left_out}.",
         phantom=report["phantom"],
         phantom_mark=PHANTOM_MARK,
         cards=cards,

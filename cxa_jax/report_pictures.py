@@ -5,28 +5,35 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from cxa_jax.figures import CLASSES, HEAT, SIGNED, superimpose
 from cxa_jax.heat_maps import upsample_maps
 from cxa_jax.localization_table import LocalizationTable
 from cxa_jax.report_figures import Picture, create_figure
+from cxa_jax.report_localization import name_map
 from cxa_jax.report_numbers import Group
 from cxa_jax.results import Result
 from cxa_jax.saved_maps import NUM_WORST, SavedMaps, draw_shared_rows
 
 NUM_POSITIVES, NUM_NEGATIVES = 4, 2
 NUM_PAIRS = 6
-SHEET_COLUMNS = 12
+SHEET_COLUMNS, SHEET_IMAGES = 12, 120
 
 
 def shared_examples(results: Sequence[Result], num_positives: int, num_negatives: int) -> list[tuple[str, int]]:
     """Return (id, label) of images drawn by chance from the ids, which every run kept: positives, then negatives."""
     table = results[0].test
+
+    def drawn(label: int) -> list[str]:
+        ids = [str(image_id) for image_id in table.id[draw_shared_rows(table.id, table.label, label)]]
+        return [image_id for image_id in ids if all(result.maps.find(image_id) is not None for result in results)]
+
     return [
-        (str(image_id), label)
+        (image_id, label)
         for label, number in ((1, num_positives), (0, num_negatives))
-        for image_id in table.id[draw_shared_rows(table.id, table.label, label)[:number]]
+        for image_id in drawn(label)[:number]
     ]
 
 
@@ -36,6 +43,8 @@ def draw_attention(groups: Sequence[Group], phantom: bool, intensity: float) -> 
     if not shown:
         return []
     examples = shared_examples([group.results[0] for group in shown], NUM_POSITIVES, NUM_NEGATIVES)
+    if not examples:
+        return []
     pictures = []
     for number, title in ((7, "attention W"), (8, f"attention superimposed at {intensity:g}")):
         figure = create_figure(2.1 * len(examples) + 0.9, 2.4 * len(shown) + 2.6, phantom)
@@ -105,33 +114,44 @@ def draw_worst(group: Group, phantom: bool) -> Picture | None:
         _show_xray(axes, result.maps, image_id, f"{title}\n{findings[:28]}")
     for axes in panels[len(rows) :]:
         axes.set_axis_off()
-    caption = "The positives with the lowest scores, then the negatives with the highest; true boxes in white."
+    caption = (
+        "First run: the positives with the lowest scores, then the negatives with the highest; true boxes in white."
+    )
     return Picture(f"worst_{_slug(group.name)}", f"What went wrong: {group.name}", caption, figure)
 
 
-def draw_contact_sheet(group: Group, phantom: bool) -> Picture | None:
-    """Draw every boxed positive with its true box and the boxes found in the model's maps."""
+def draw_contact_sheets(group: Group, phantom: bool) -> list[Picture]:
+    """Draw every boxed positive with its true box and the boxes found in the model's maps, a page's worth a sheet."""
     result = group.results[0]
     if result.maps is None or result.boxes is None:
-        return None
-    maps, table = result.maps, result.boxes
-    chosen = [name for name in ("attention", "evidence") if (name, "half_max") in table.scores]
-    ids = [image_id for image_id in table.ids if maps.find(image_id) is not None]
-    if not ids:
-        return None
+        return []
+    ids = [image_id for image_id in result.boxes.ids if result.maps.find(image_id) is not None]
+    sheets = [ids[start : start + SHEET_IMAGES] for start in range(0, len(ids), SHEET_IMAGES)]
+    chosen = [name for name in ("attention", "evidence") if (name, "half_max") in result.boxes.scores]
+    colours = dict(zip(chosen, ("orange", "light blue, dashed"), strict=False))
+    legend = "; ".join(f"{name_map(name)}: {colour}" for name, colour in colours.items())
+    pictures = []
+    for number, sheet in enumerate(sheets, 1):
+        part = f" ({number} of {len(sheets)})" if len(sheets) > 1 else ""
+        end = f"_{number}" if len(sheets) > 1 else ""
+        caption = f"{len(ids)} of {len(result.boxes.ids)} boxed positives{part}; first run. True box: white; found at "
+        caption += f"half the maximum: {legend}."
+        figure = _draw_sheet(result, sheet, chosen, phantom)
+        pictures.append(Picture(f"boxes_{_slug(group.name)}{end}", f"Every box: {group.name}{part}", caption, figure))
+    return pictures
+
+
+def _draw_sheet(result: Result, ids: Sequence[str], chosen: Sequence[str], phantom: bool) -> Figure:
     rows = math.ceil(len(ids) / SHEET_COLUMNS)
     figure = create_figure(SHEET_COLUMNS * 1.05, 1.2 * rows + 0.3, phantom)
     panels = figure.subplots(rows, SHEET_COLUMNS, squeeze=False).ravel()
     for axes, image_id in zip(panels, ids, strict=False):
-        _show_xray(axes, maps, image_id, str(image_id).removesuffix(".png"), size=5)
+        _show_xray(axes, result.maps, image_id, str(image_id).removesuffix(".png"), size=5)
         for name, colour, line in zip(chosen, ("#E69F00", "#56B4E9"), ("-", "--"), strict=False):
-            _draw_box(axes, _detected_box(maps, table, name, image_id), colour, line)
+            _draw_box(axes, _detected_box(result.maps, result.boxes, name, image_id), colour, line)
     for axes in panels[len(ids) :]:
         axes.set_axis_off()
-    colours = dict(zip(chosen, ("orange", "light blue, dashed"), strict=False))
-    legend = "; ".join(f"{name}: {colour}" for name, colour in colours.items())
-    caption = f"{len(ids)} of {len(table.ids)} boxed positives. True box: white; found at half the maximum: {legend}."
-    return Picture(f"boxes_{_slug(group.name)}", f"Every box: {group.name}", caption, figure)
+    return figure
 
 
 def _image_and_map(maps: SavedMaps, image_id: str, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from cxa_jax.paper_tables import find_paper_intervals, is_official_test_set, judge
-from cxa_jax.prevalence import TABLE_4
+from cxa_jax.prevalence import (
+    NUM_TEST_NEGATIVES,
+    NUM_TEST_POSITIVES,
+    TABLE_4,
+    compute_implied_prevalence,
+    find_feasible_confusion_matrices,
+)
 from cxa_jax.strata import MIN_PATIENTS
 
 DASH = "-"
@@ -61,7 +67,8 @@ def tabulate_overview(report: dict[str, Any]) -> Table:
         each = ", ".join(format_number(value) for value in auroc["values"])
         cells = [format_interval(group["free"][name]) for name in names]
         rows.append([group["name"], str(len(group["runs"])), *cells, each, format_number(auroc["sd_over_seeds"])])
-    return Table("All models, without a threshold", head, rows, report["protocol"]["intervals"])
+    note = report["protocol"]["intervals"] + " A dash: not defined, in one of the runs at least."
+    return Table("All models, without a threshold", head, rows, note)
 
 
 def tabulate_comparisons(report: dict[str, Any]) -> Table | None:
@@ -84,7 +91,9 @@ def tabulate_comparisons(report: dict[str, Any]) -> Table | None:
     head = ["difference in AUROC", "patients resampled", "p", "DeLong", "p", "says"]
     note = (
         "Paired on the same images. DeLong takes images for independent, which those of a patient are not; "
-        "of several seeds it compares the mean scores. p-values are not corrected for the number of pairs."
+        "of several seeds it compares the mean scores. With several seeds the other interval holds their variance "
+        "(Welch and Satterthwaite's t); of a model with one run it is not known. p-values are not corrected for the "
+        "number of pairs."
     )
     return Table("Differences between models", head, rows, note)
 
@@ -122,6 +131,25 @@ def tabulate_paper(report: dict[str, Any], metrics: Sequence[str], title: str) -
         "binomial at the printed recalls on a 1:4 subsample, and none follows for the GAP models."
     )
     return Table(title, head, rows, note) if rows else None
+
+
+def tabulate_feasibility() -> Table:
+    """Return for each row of Table 4 how many confusion matrices of the stated test set, and of 1:4, print alike."""
+    rows = []
+    for name, row in TABLE_4.items():
+        precision, recall, _ = row.positive
+        stated, fifth = (
+            len(find_feasible_confusion_matrices(row, negatives, NUM_TEST_POSITIVES))
+            for negatives in (NUM_TEST_NEGATIVES, 4 * NUM_TEST_POSITIVES)
+        )
+        implied = compute_implied_prevalence(precision, recall, 1 - row.negative[1])
+        rows.append([name, *(f"{value:.2f}" for value in row.positive), f"{stated:,}", f"{fifth:,}", f"{implied:.1%}"])
+    head = ["paper's model", "precision", "recall", "F1", "fit 9,861 + 1,069", "fit 4,276 + 1,069", "implied positives"]
+    note = (
+        "Integer confusion matrices whose precision, recall and F1 of both classes round to the printed ones, on the "
+        "stated test set and on its positives with four negatives each; positives that the printed values imply."
+    )
+    return Table("Can Table 4 come from the stated test set?", head, rows, note, folded=True)
 
 
 def mean_paper_like(group: dict[str, Any], metric: str, section: str = "at_0.5") -> float:
@@ -196,7 +224,9 @@ def tabulate_calibration(report: dict[str, Any]) -> Table | None:
                 cells = [format_interval(values[key]) for key in ("calibration_error", "brier_score", "log_loss")]
                 rows.append([group["name"], run, name, shape, fits["fitted_on"] if "scale" in values else DASH, *cells])
     note = (
-        "Measured on test. A fit holds for dev's prevalence; where test's is another, Platt scaling can make it worse."
+        "Measured on test. A fit holds for dev's prevalence; where test's is another, Platt scaling can make it worse. "
+        "Calibration error: 15 bins of equal width; of resamples it is larger than of the images themselves, so that "
+        "its interval lies high."
     )
     head = ["model", "run", "scaling", "logit becomes", "fitted on", "calibration error", "Brier", "log loss"]
     return Table("Calibration", head, rows, note) if rows else None
@@ -219,7 +249,8 @@ def tabulate_strata(report: dict[str, Any]) -> Table | None:
             )
     note = (
         "Sensitivity and specificity at the threshold in the last column (dev's; 0.5 where there is none). "
-        "By 'positives', the negatives are all negatives. Several runs: mean of values and of interval ends."
+        "By 'positives', the negatives are all negatives. Several runs: means, with the variance between seeds in the "
+        "interval."
     )
     head = ["model", "stratum", "images", "positive", "patients - / +", "AUROC", "sensitivity", "specificity", "at"]
     return Table("Strata", head, rows, note) if rows else None

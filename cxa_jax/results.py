@@ -34,6 +34,7 @@ class Result:
         maps: pictures and maps, None for a predictions file.
         history: rows of metrics.csv, one an epoch.
         augmentation: the picture of augmented training images (Fig. 3), or None.
+        num_left_out: test images that other results of the report do not have.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Result:
     maps: SavedMaps | None = None
     history: tuple[dict[str, float], ...] = ()
     augmentation: pathlib.Path | None = None
+    num_left_out: int = 0
 
     @property
     def config(self) -> dict[str, Any]:
@@ -165,7 +167,8 @@ def _align(results: list[Result]) -> list[Result]:
         logit = None if table.logit is None else table.logit[rows]
         test = dataclasses.replace(reference, score=table.score[rows], logit=logit)
         boxes = result.boxes and result.boxes.take(np.isin(result.boxes.ids, reference.id))
-        aligned.append(dataclasses.replace(result, test=test, boxes=boxes))
+        left_out = len(result.test) - len(test)
+        aligned.append(dataclasses.replace(result, test=test, boxes=boxes, num_left_out=left_out))
     return aligned
 
 
