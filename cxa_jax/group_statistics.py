@@ -100,6 +100,7 @@ def bootstrap_group(
 def bootstrap_group_means(
     runs: Sequence[Mapping[str, ArrayLike]],
     patients: ArrayLike,
+    bounds: Mapping[str, tuple[float, float]],
     *,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
@@ -110,6 +111,7 @@ def bootstrap_group_means(
     Args:
         runs: for each run name -> [N], all of the same images; nan where not defined.
         patients: [N].
+        bounds: name -> least and largest mean there can be.
     """
     options = {"num_resamples": num_resamples, "seed": seed}
     if len(runs) == 1:
@@ -127,7 +129,10 @@ def bootstrap_group_means(
     chunks = resample_patients(patients, values.shape[2], num_resamples, seed)
     resampled = np.concatenate([means(weights) for weights in chunks], axis=2)
     units = len(np.unique(patients))
-    return {name: combine(SeedSamples(estimates[:, k], resampled[:, k], units), level) for k, name in enumerate(names)}
+    return {
+        name: combine(SeedSamples(estimates[:, k], resampled[:, k], units), level, bounds[name])
+        for k, name in enumerate(names)
+    }
 
 
 def compare_groups(a: GroupStatistic, b: GroupStatistic, level: float = 0.95) -> PairedTest:

@@ -20,6 +20,7 @@ FALSE_POSITIVES = tuple(f"false_positives_iobb_{threshold:g}" for threshold in I
 SCALARS = ("num_boxes", "iou", "iobb", "pointing", "energy_ratio", "heart_energy_ratio")
 BOX = ("x", "y", "w", "h")
 COLUMNS = ("map", "rule", "id", "patient", "predicted_positive", *SCALARS, *FALSE_POSITIVES, *BOX)
+RATIOS_AND_COUNTS = ("energy_ratio", "heart_energy_ratio", "false_positives")  # the other metrics are in [0, 1]
 SETS = ("all_boxed", "predicted_positives")
 CONTROLS = ("median_box", "image_centre", "random_map")
 TUNED = "phantom_tuned"  # the rule whose level was tuned on phantoms, for each map its own
@@ -128,7 +129,9 @@ def summarize_tables(tables: Sequence[LocalizationTable], *, num_resamples: int,
                 {metric: np.where(keep, values, np.nan)[either] for metric, values in compute_columns(scores).items()}
                 for keep, scores in zip(keeps, (table.scores[name, rule] for table in tables), strict=True)
             ]
-            summary = bootstrap_group_means(runs, first.patients[either], num_resamples=num_resamples, seed=seed)
+            bounds = {metric: (0.0, math.inf if metric.startswith(RATIOS_AND_COUNTS) else 1.0) for metric in runs[0]}
+            options = {"num_resamples": num_resamples, "seed": seed}
+            summary = bootstrap_group_means(runs, first.patients[either], bounds, **options)
             rules.setdefault(rule, {})[name] = {
                 metric: {"estimate": value.estimate, "low": value.low, "high": value.high}
                 for metric, value in summary.items()

@@ -58,11 +58,12 @@ def test_means_of_images_are_combined_as_seeds_and_one_run_is_plain():
     values, patients = rng.random((3, 80)), np.arange(80) // 2
     values[:, rng.random(80) < 0.2] = np.nan
     runs = [{"iou": row, "twice": 2 * row} for row in values]
-    several = bootstrap_group_means(runs, patients, num_resamples=60)
+    bounds = {"iou": (0.0, 1.0), "twice": (0.0, 1.01)}
+    several = bootstrap_group_means(runs, patients, bounds, num_resamples=60)
     expected = combine(sample_means(values, patients, num_resamples=60))
     assert (several["iou"].low, several["iou"].high) == pytest.approx((expected.low, expected.high))
-    assert several["twice"].estimate == pytest.approx(2 * expected.estimate)
-    one = bootstrap_group_means(runs[:1], patients, num_resamples=60)
+    assert several["twice"].estimate == pytest.approx(2 * expected.estimate) and several["twice"].high == 1.01
+    one = bootstrap_group_means(runs[:1], patients, bounds, num_resamples=60)
     assert one == bootstrap_means(runs[0], patients, num_resamples=60)
 
 
