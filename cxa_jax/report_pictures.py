@@ -20,6 +20,7 @@ from cxa_jax.saved_maps import NUM_WORST, SavedMaps, draw_shared_rows
 NUM_POSITIVES, NUM_NEGATIVES = 4, 2
 NUM_PAIRS = 6
 SHEET_COLUMNS, SHEET_IMAGES = 12, 120
+SHEET_STYLES = {"attention": ("#E69F00", "-", "orange"), "evidence": ("#56B4E9", "--", "light blue, dashed")}
 
 
 def shared_examples(results: Sequence[Result], num_positives: int, num_negatives: int) -> list[tuple[str, int]]:
@@ -127,9 +128,8 @@ def draw_contact_sheets(group: Group, phantom: bool) -> list[Picture]:
         return []
     ids = [image_id for image_id in result.boxes.ids if result.maps.find(image_id) is not None]
     sheets = [ids[start : start + SHEET_IMAGES] for start in range(0, len(ids), SHEET_IMAGES)]
-    chosen = [name for name in ("attention", "evidence") if (name, "half_max") in result.boxes.scores]
-    colours = dict(zip(chosen, ("orange", "light blue, dashed"), strict=False))
-    legend = "; ".join(f"{name_map(name)}: {colour}" for name, colour in colours.items())
+    chosen = [name for name in SHEET_STYLES if (name, "half_max") in result.boxes.scores]
+    legend = "; ".join(f"{name_map(name)}: {SHEET_STYLES[name][2]}" for name in chosen)
     pictures = []
     for number, sheet in enumerate(sheets, 1):
         part = f" ({number} of {len(sheets)})" if len(sheets) > 1 else ""
@@ -147,7 +147,8 @@ def _draw_sheet(result: Result, ids: Sequence[str], chosen: Sequence[str], phant
     panels = figure.subplots(rows, SHEET_COLUMNS, squeeze=False).ravel()
     for axes, image_id in zip(panels, ids, strict=False):
         _show_xray(axes, result.maps, image_id, str(image_id).removesuffix(".png"), size=5)
-        for name, colour, line in zip(chosen, ("#E69F00", "#56B4E9"), ("-", "--"), strict=False):
+        for name in chosen:
+            colour, line, _ = SHEET_STYLES[name]
             _draw_box(axes, _detected_box(result.maps, result.boxes, name, image_id), colour, line)
     for axes in panels[len(ids) :]:
         axes.set_axis_off()
