@@ -113,7 +113,7 @@ def predict_dev(
     predictions at its training size stand in: a threshold wants the dev images that there are.
     """
     own, split = folder / DEV_FILE, run.dataset.splits["dev"]
-    if output != folder and own.is_file():
+    if run.dataset.image_size != image_size and own.is_file():
         table = read_predictions(own)
         if set(table.id) != set(split.index["id"]):
             log.warning(
