@@ -1,6 +1,5 @@
 """train_and_evaluate: the story of a run. The only file that loops over epochs."""
 
-import contextlib
 import json
 import logging
 import pathlib
@@ -10,6 +9,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from cxa_jax import figures, interruption
@@ -60,8 +60,19 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
         log_to_file(output)
         run = create_run(config)
         log_run(run)
-        train(run, folder, output)
+        with naming_exhaustion(*_describe_memory(config.train)):
+            train(run, folder, output)
         return write_outputs(run, folder, output)
+
+
+def _describe_memory(train_config: ConfigDict) -> tuple[str, str]:
+    """Return what asks for a device's memory, and what to change."""
+    num_parts = train_config.accumulate_steps
+    return (
+        f"config.train.batch_size={train_config.batch_size} in {num_parts} part(s)",
+        f"set --config.train.accumulate_steps={2 * num_parts}, or a smaller --config.train.batch_size, or "
+        "--config.train.remat=True (the last leaves every number as it is)",
+    )
 
 
 def train(run: Run, folder: pathlib.Path, output: pathlib.Path) -> None:
@@ -70,15 +81,14 @@ def train(run: Run, folder: pathlib.Path, output: pathlib.Path) -> None:
         state, progress, iterator = start_or_resume(run, output, latest, best)
         if progress.epoch == 0:
             figures.save_augmentation_grid(run, output / "augmentation.png")
-        # Of several processes each would stop at another step: there a signal ends the run where it stands.
-        waiting = interruption.held_back() if jax.process_count() == 1 else contextlib.nullcontext()
-        with MetricWriter(output, progress.history, run.dataset.description) as writer, waiting:
+        with MetricWriter(output, progress.history, run.dataset.description) as writer, interruption.held_back():
             while progress.epoch < run.config.train.num_epochs and not progress.early_stop.stop:
                 state, progress = train_epoch(run, state, progress, iterator, latest)
                 try:
                     progress = end_epoch(run, state, progress)
                 except interruption.Interrupted:  # on the dev split: the epoch's steps are not lost
-                    latest.save(state, make_meta(run, progress, iterator))
+                    if jax.process_count() == 1:
+                        latest.save(state, make_meta(run, progress, iterator))
                     raise
                 if progress.best_step == int(state.step):
                     best.save(state, make_meta(run, progress, iterator))
@@ -165,12 +175,7 @@ def train_epoch(
     started = progress.epoch_step * train.batch_size
     if progress.epoch_step == num_steps:
         return state, progress
-    memory = naming_exhaustion(
-        f"config.train.batch_size={train.batch_size} in {train.accumulate_steps} part(s)",
-        f"set --config.train.accumulate_steps={2 * train.accumulate_steps}, or a smaller --config.train.batch_size, or "
-        "--config.train.remat=True (the last leaves every number as it is)",
-    )
-    with memory, progress_bar(num_steps * train.batch_size, title, initial=started) as bar:
+    with progress_bar(num_steps * train.batch_size, title, initial=started) as bar:
         for epoch_step in range(progress.epoch_step, num_steps):
             batch = next(iterator)
             on_device = put_batch(run.select_inputs(batch), run.mesh)
@@ -178,6 +183,8 @@ def train_epoch(
             if pending is not None:
                 progress = _fetch(run, state, progress, pending, latest, bar)
             pending = batch, metrics
+            if jax.process_count() > 1:  # another may be at another step, and saving takes all of them
+                interruption.check()
             due = train.checkpoint_every_steps and (epoch_step + 1) % train.checkpoint_every_steps == 0
             if due or interruption.is_asked():
                 progress, pending = _fetch(run, state, progress, pending, latest, bar), None
