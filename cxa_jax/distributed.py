@@ -5,6 +5,7 @@ writes files; the others write theirs to a folder that goes away.
 """
 
 import contextlib
+import itertools
 import os
 import pathlib
 import sys
@@ -30,6 +31,8 @@ PREPARATION_TIMEOUT_S = 24 * 3600
 LOST = "another process of this run is gone (its own message says why); start all of them again: they go on from the "
 LOST += "last checkpoint"
 
+_numbers = itertools.count()  # of barriers: no two share a name
+_ENDED = "cxa_jax/ended"
 SIGNS_OF_LOSS = ("Gloo", "NCCL", "Barrier failed", "heartbeat", "coordination service", "UNAVAILABLE", "closed by peer")
 
 
@@ -55,7 +58,7 @@ def joined(coordinator: str, num_processes: int, process_id: int, auto: bool, mo
         return
     if mode not in MODES:
         raise UserError(f"--mode={mode} takes one process; several can {' and '.join(MODES)}")
-    _initialize({} if auto else dict(zip(("coordinator_address", "num_processes", "process_id"),
+    watcher = _initialize({} if auto else dict(zip(("coordinator_address", "num_processes", "process_id"),
                                          (coordinator, num_processes, process_id), strict=True)))  # fmt: skip
     try:
         yield
@@ -72,7 +75,7 @@ def joined(coordinator: str, num_processes: int, process_id: int, auto: bool, mo
             _leave(f"error: {LOST}\n  ({str(error).splitlines()[0][:200]})")
         sys.excepthook(*sys.exc_info())
         _leave(1)
-    barrier("end", PREPARATION_TIMEOUT_S)  # the first writes, the others wait for it here and not at its end
+    _take_leave(watcher)
 
 
 def is_first() -> bool:
@@ -81,9 +84,9 @@ def is_first() -> bool:
 
 
 def barrier(name: str, timeout_s: int = START_TIMEOUT_S) -> None:
-    """Return when every process is here; `name` is new each time. Nothing to wait for in a single process."""
+    """Return when every process is here; nothing to wait for in a single process."""
     if jax.distributed.is_initialized():
-        jax_distributed.global_state.client.wait_at_barrier(f"cxa_jax/{name}", timeout_s * 1000)
+        jax_distributed.global_state.client.wait_at_barrier(f"cxa_jax/{name}/{next(_numbers)}", timeout_s * 1000)
 
 
 @contextlib.contextmanager
@@ -129,7 +132,7 @@ def _check(coordinator: str, num_processes: int, process_id: int, auto: bool) ->
     return True
 
 
-def _initialize(arguments: dict[str, Any]) -> None:
+def _initialize(arguments: dict[str, Any]) -> threading.Thread:
     jax.config.update("jax_enable_preemption_service", False)  # it swallows SIGTERM
     try:
         jax.distributed.initialize(
@@ -138,26 +141,36 @@ def _initialize(arguments: dict[str, Any]) -> None:
     except (RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or [repr(error)])[0][:300]
         raise UserError(f"the processes of this run did not come together: {reason}") from error
+    watcher = threading.Thread(target=_watch_first, daemon=True)
     if not is_first():
         be_quiet()
-        threading.Thread(target=_watch_first, daemon=True).start()
+        watcher.start()
     # On CPUs the devices must connect within 30 s of each other: now, not when one has compiled long before the other.
     mesh = Mesh(np.asarray(jax.devices()), ("data",))
     ones = np.ones(len(jax.devices()), np.float32)
     connect = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     connect(jax.make_array_from_callback(ones.shape, sharding, ones.__getitem__)).block_until_ready()
+    return watcher
+
+
+def _take_leave(watcher: threading.Thread) -> None:
+    """Wait for all, then let the watchers go: a thread that waits in jax must not outlive the interpreter."""
+    barrier("end", PREPARATION_TIMEOUT_S)
+    if is_first():
+        jax_distributed.global_state.client.key_value_set(_ENDED, "")
+    else:
+        watcher.join()
 
 
 def _watch_first() -> None:
     """Speak before jax does when process 0 is gone: its way is an abort with a stack of C++."""
     while True:
         try:
-            jax_distributed.global_state.client.blocking_key_value_get("cxa_jax/never", 3600 * 1000)
-        except AttributeError:  # this process has left
+            jax_distributed.global_state.client.blocking_key_value_get(_ENDED, 3600 * 1000)
             return
         except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error) and jax.distributed.is_initialized():
+            if "DEADLINE_EXCEEDED" not in str(error):
                 _leave(f"error: {LOST}")
 
 
