@@ -17,6 +17,7 @@ from test_pooling import literal_graph
 from cxa_jax.data.fake_xrays import make_fake_dataset
 from cxa_jax.hlo import ANALYSIS_ONLY, analyze_cost, analyze_memory, count_collectives, parse_instructions
 from cxa_jax.measurements import lower_train_step, make_step_batch
+from cxa_jax.pooling import gwap
 from cxa_jax.run import create_run
 from cxa_jax.sharding import replicated
 
@@ -86,14 +87,43 @@ def test_the_state_is_updated_in_place(step):
     assert memory["all"] == memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temp"]
 
 
+SPREADS = {  # ways to give all channels a copy of p
+    "multiply": lambda features, p: jnp.sum(p * features, axis=(1, 2)),
+    "repeat": lambda features, p: jnp.einsum("bhwc,bhwc->bc", features, jnp.repeat(p, features.shape[3], axis=3)),
+    "tile": lambda features, p: jnp.sum(features * jnp.tile(p, (1, 1, 1, features.shape[3])), axis=(1, 2)),
+    "ones": lambda features, p: jnp.sum(features * (p @ jnp.ones((1, features.shape[3]))), axis=(1, 2)),
+}
+
+
+def find_spreads(lowered, num_cells, num_channels):
+    """Return the operations that make an array of all cells and channels from one that has the cells alone.
+
+    The gradient of the features, p times that of f, is such an array too, but f's gradient has rows and channels.
+    """
+    found = []
+    for operands, result in re.findall(r": \((.*)\) -> (tensor<\S+>)", lowered.as_text()):
+        *sizes, size = (int(np.prod([int(side) for side in shape.split("x")[:-1]]))
+                        for shape in re.findall(r"tensor<([^>]*)>", operands + result))  # fmt: skip
+        if size == num_cells * num_channels and num_cells in sizes and max(sizes) <= max(num_cells, num_channels):
+            found.append((operands, result))
+    return found
+
+
+@pytest.mark.parametrize("spread", [literal_graph, *SPREADS.values()], ids=["convolution", *SPREADS])
+def test_every_way_to_spread_the_attention_is_found(spread):
+    features, logits = jnp.ones((BATCH, 2, 2, 192)), jnp.ones((BATCH, 2, 2, 1))
+    assert find_spreads(jax.jit(spread).lower(features, logits), BATCH * 4, 192)
+
+    def loss(features, logits):
+        return jnp.sum(gwap(features, logits) ** 2)
+
+    assert not find_spreads(jax.jit(jax.grad(loss, (0, 1))).lower(features, logits), BATCH * 4, 192)
+
+
 def test_attention_is_never_spread_over_the_channels(step):
     """The paper's convolution of ones makes W [B, h, w, C]; here the pooling contracts instead."""
     run, lowered, *_ = step
-    cells, channels = f"{BATCH}x2x2", run.model.backbone.num_features
-    spread = re.compile(rf"(?:broadcast|convolution).*tensor<{cells}(?:x1)?xf32>.* -> tensor<{cells}x{channels}xf32>")
-    features, logits = jnp.ones((BATCH, 2, 2, channels)), jnp.ones((BATCH, 2, 2, 1))
-    assert spread.search(jax.jit(literal_graph).lower(features, logits).as_text())
-    assert not spread.search(lowered.as_text())
+    assert find_spreads(lowered, BATCH * 4, run.model.backbone.num_features) == []
 
 
 def test_no_transposes_of_feature_maps(step):
