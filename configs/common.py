@@ -90,8 +90,8 @@ def _model(backbone: str) -> ConfigDict:
             "pooling": "amm",  # 'amm' (Eq. 9) | 'gap' | the others of cxa_jax.pooling.POOLINGS
             "head": "mlp",  # 'mlp': dense 128 ELU, dense 1 (Table 3) | 'linear': dense 1 (exact CAM)
             "labels": "cardiomegaly",  # 'cardiomegaly' | 'findings': NIH's 13 others too, a map for each (A3); X-rays
-            # W multiplies BN(F) 'normalized' | F 'raw' (A1) | 'all_normalized': BN(F), and so do GAP and the others
-            "attended": "normalized",
+            # 'normalized': W multiplies BN(F) | 'raw': F (A1) | 'all_normalized': BN(F), and GAP and the others read it
+            "attended": "normalized",  # what the pooling reads
             "dropout": 0.5,  # before each dense layer of the head (A6)
             "dtype": "float32",  # compute type of the backbone: 'float32' | 'bfloat16' (GPUs; the rest stays float32)
             "implementation": "auto",  # graph of the backbone: 'auto' (by platform) | 'plain' | 'fused'; same function

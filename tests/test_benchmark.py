@@ -14,6 +14,7 @@ from cxa_jax.errors import UserError
 from cxa_jax.hlo import ANALYSIS_ONLY
 from cxa_jax.run import create_run
 from cxa_jax.timing import measure_matmul, peak_host_bytes, process_age, summarize, time_calls
+from cxa_jax.workdir import LOCK_FILE
 
 
 def make_config(**fields):
@@ -26,7 +27,7 @@ def report(tmp_path_factory):
     returned = benchmark(make_config(), str(folder))
     written = json.loads((folder / "benchmark.json").read_text())
     assert written["results"].keys() == returned["results"].keys()
-    assert [path.name for path in folder.iterdir()] == ["benchmark.json"]
+    assert {path.name for path in folder.iterdir()} == {"benchmark.json", LOCK_FILE}
     return written
 
 
@@ -120,7 +121,7 @@ def test_unusable_configs_are_refused(tmp_path):
     for field, value in {"train.batch_size": 0, "data.image_size": -5, "benchmark.num_steps": 0}.items():
         with pytest.raises(UserError, match=f"config.{field}={value}"):
             benchmark(tiny.make_config(**{field: value}), str(tmp_path))
-    assert not list(tmp_path.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} <= {LOCK_FILE}
 
 
 def test_clocks():

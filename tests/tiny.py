@@ -98,6 +98,7 @@ def main() -> None:
             calls.append(1)
             return compiled(*args)
 
+        call.lower = compiled.lower
         return call
 
     run_module.jax.jit = counting_jit
