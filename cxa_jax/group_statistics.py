@@ -114,7 +114,7 @@ def bootstrap_group_means(
         bounds: name -> least and largest mean there can be.
     """
     options = {"num_resamples": num_resamples, "seed": seed}
-    if len(runs) == 1:
+    if len(runs) == 1 or not len(np.asarray(patients)):  # without an image nothing is defined
         return bootstrap_means(runs[0], patients, level=level, **options)
     names = list(runs[0])
     values = np.array([[run[name] for name in names] for run in runs], np.float64)  # [S, K, N]

@@ -63,6 +63,8 @@ def test_means_of_images_are_combined_as_seeds_and_one_run_is_plain():
     expected = combine(sample_means(values, patients, num_resamples=60))
     assert (several["iou"].low, several["iou"].high) == pytest.approx((expected.low, expected.high))
     assert several["twice"].estimate == pytest.approx(2 * expected.estimate) and several["twice"].high == 1.01
+    nothing = bootstrap_group_means([{"iou": []}, {"iou": []}], [], bounds, num_resamples=60)
+    assert math.isnan(nothing["iou"].estimate)  # such as no predicted positive in any run
     one = bootstrap_group_means(runs[:1], patients, bounds, num_resamples=60)
     assert one == bootstrap_means(runs[0], patients, num_resamples=60)
 
