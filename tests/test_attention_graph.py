@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pooling import literal_graph
@@ -38,10 +39,15 @@ def test_average_pool_commutes_with_a_1x1_convolution(seed):
         np.testing.assert_allclose(pool(x) @ kernel + 0.7, pool(x @ kernel + 0.7), rtol=1e-12, atol=1e-12)
 
 
-def test_average_pool_moves_evidence_half_a_cell_up_and_left():
-    pooled = np.asarray(pooling.average_pool_2x2_same(jnp.zeros((1, 7, 7, 1)).at[0, 4, 2].set(1.0)))[0, :, :, 0]
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@few
+@given(st.integers(1, 5), st.integers(1, 5), st.sampled_from([0.25, 1.0, 6.0]))
+def test_average_pool_moves_evidence_half_a_cell_up_and_left(dtype, row, column, strength):
+    with jax.enable_x64(True):
+        bright = jnp.zeros((1, 7, 7, 1), dtype).at[0, row, column].set(strength)
+        pooled = np.asarray(pooling.average_pool_2x2_same(bright), np.float64)[0, :, :, 0] / strength
     assert pooled.sum() == 1
-    assert (pooled.sum(1) @ np.arange(7), pooled.sum(0) @ np.arange(7)) == (3.5, 1.5)
+    assert (pooled.sum(1) @ np.arange(7), pooled.sum(0) @ np.arange(7)) == (row - 0.5, column - 0.5)
 
 
 def test_gwap_does_not_copy_its_weights_to_all_channels():

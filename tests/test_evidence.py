@@ -1,9 +1,13 @@
 """Evidence maps: their sums, their signs, and what they become for simple heads."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cxa_jax.evidence import class_activation_map, complete_evidence, grad_cam, linearized_evidence
 from cxa_jax.pooling import POOLINGS, gwap, pool
@@ -82,6 +86,52 @@ def test_complete_evidence_of_the_head_of_the_paper(name):
         )
         one_row = complete_evidence(head64, features[:1], p[:1], baseline)
         np.testing.assert_allclose(one_row, evidence[:1], rtol=1e-10, atol=1e-12)
+
+
+@functools.partial(jax.jit, static_argnames="name")
+def evidence_and_sums(name, features, logits, kernels, baseline):
+    """Return pairs that must be equal, for an MLP head and for a linear one."""
+
+    def mlp(f):  # a polynomial again, which 16 points integrate without error
+        hidden = f @ kernels[0]
+        return ((hidden + hidden**2 / 3 - hidden**3 / 9) @ kernels[1])[:, 0]
+
+    def linear(f):
+        return (f @ kernels[2])[:, 0] + 0.7
+
+    pooled, p = POOLINGS[name](features, logits)
+    baselines = jnp.broadcast_to(baseline, pooled.shape)
+    shares = jnp.sum(p, axis=-1) if p.shape[-1] == 1 else None
+    cam = class_activation_map(features, kernels[2][:, 0])
+    total = lambda c: jnp.sum(c, axis=(1, 2))  # noqa: E731
+    pairs = {
+        "linearised": (
+            total(linearized_evidence(mlp, features, p, pooled)),
+            jnp.sum(head_gradient(mlp, pooled) * pooled, axis=1),
+        ),
+        "complete": (total(complete_evidence(mlp, features, p, baseline)), mlp(pooled) - mlp(baselines)),
+        "linear": (total(complete_evidence(linear, features, p, baseline)), linear(pooled) - linear(baselines)),
+    }
+    if shares is not None:
+        pairs["cam"] = (linearized_evidence(linear, features, p), shares * cam)
+    return pairs
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("name", ["amm", "gap", "gmp"])
+@settings(max_examples=5, deadline=None, database=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_evidence_adds_up_in_every_type(name, dtype, seed):
+    with jax.enable_x64(True):
+        features, logits, rng = draw(seed)
+        wide = jnp.float64 if dtype == "float64" else jnp.float32
+        kernels = [jnp.asarray(rng.normal(scale=0.3, size=size), wide) for size in ((C, 16), (16, 1), (C, 1))]
+        baseline = jnp.asarray(rng.normal(size=(1, C)), wide)
+        pairs = evidence_and_sums(name, features.astype(dtype), logits.astype(dtype), kernels, baseline)
+        for title, (got, expected) in pairs.items():
+            assert got.dtype == wide
+            tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == "float64" else {"rtol": 1e-5, "atol": 1e-5}
+            np.testing.assert_allclose(got, expected, err_msg=title, **tolerance)  # sums of terms of size 1
 
 
 def test_gem_is_complete_from_zero_and_lse_is_not(x64):

@@ -150,7 +150,7 @@ def first_channel(logits, features):
 def test_gradient_with_respect_to_the_logits(dtype, seed, scale):
     with jax.enable_x64(True):
         features, logits, features64, logits64 = draw(seed, scale, dtype)
-        gradient = jax.jit(jax.grad(first_channel))(logits, features)[..., 0]
+        gradient = by_logits(logits, features)[..., 0]
         p = softmax(log_expit(logits64[..., 0]), axis=(1, 2))
         offset = features64[..., 0] - reference_gwap(features64, logits64)[:, None, None, 0]
         # a gradient has its input's type: bfloat16 keeps 8 bits of it
@@ -183,11 +183,17 @@ def test_gradient_with_respect_to_the_attention_is_orthogonal_to_it(dtype, seed)
         np.testing.assert_allclose(jnp.sum(attention * gradient, axis=(1, 2)), 0, atol=TOLERANCE[dtype]["atol"])
 
 
-def test_saturated_cells_stop_learning():
-    features, logits, *_ = draw(3, dtype="float32")
-    logits = logits.at[:, 0, 0].set(40.0)
-    gradient = jax.jit(jax.grad(first_channel))(logits, features)
-    assert jnp.abs(gradient[:, 0, 0]).max() < 1e-15 < 1e-4 < jnp.abs(gradient[:, 1:]).max()
+by_logits = jax.jit(jax.grad(first_channel))
+
+
+@DTYPES
+@few
+@given(seeds)
+def test_saturated_cells_stop_learning(dtype, seed):
+    with jax.enable_x64(True):
+        features, logits, *_ = draw(seed, dtype=dtype)
+        gradient = by_logits(logits.at[:, 0, 0].set(40.0), features)
+        assert jnp.abs(gradient[:, 0, 0]).max() < 1e-15 < 1e-4 < jnp.abs(gradient[:, 1:]).max()
 
 
 # The family and its limits ------------------------------------------------------------------------------------------
@@ -231,9 +237,8 @@ def test_high_temperature_gives_the_average(seed, temperature):
     average, slack = features64.mean((1, 2)), 40 / temperature  # 10 var F / 2 t, and more
     for pooled in (gwap(features, logits, temperature=temperature), COMPILED["lse"](features, temperature=temperature)):
         np.testing.assert_allclose(pooled, average, rtol=1e-5, atol=slack + 1e-6)
-    geometric = np.exp(np.log(np.abs(features64)).mean((1, 2)))
-    pooled = COMPILED["gem"](jnp.abs(features), temperature=temperature)
-    np.testing.assert_allclose(pooled, geometric, rtol=slack + 1e-5)
+    pooled, logs = COMPILED["gem"](jnp.abs(features), temperature=temperature), np.log(np.abs(features64))
+    np.testing.assert_allclose(pooled, np.exp(logs.mean((1, 2))), rtol=slack + 1e-5)
 
 
 @few
@@ -284,11 +289,12 @@ def test_learnt_logits_of_gated_attention_and_pcam(seed):
         assert (image_logit >= np.mean(logits, axis=(1, 2)) - 1e-12).all()  # the pool leans towards its own evidence
 
 
+@DTYPES
 @few
 @given(seeds)
-def test_per_class_maps_pool_one_vector_each(seed):
-    features, logits, *_ = draw(seed, dtype="float32", num_maps=4)
-    pooled = gwap(features, logits)
-    assert pooled.shape == (B, 4, C)
-    for m in range(4):
-        np.testing.assert_allclose(pooled[:, m], gwap(features, logits[..., m : m + 1]), rtol=1e-5, atol=1e-6)
+def test_per_class_maps_pool_one_vector_each(dtype, seed):
+    with jax.enable_x64(True):
+        features, logits, features64, logits64 = draw(seed, dtype=dtype, num_maps=4)
+        p = softmax(log_expit(logits64), axis=(1, 2))
+        expected = np.einsum("bhwk,bhwc->bck", features64, p)
+        np.testing.assert_allclose(gwap(features, logits), expected, **TOLERANCE[dtype])
