@@ -70,7 +70,7 @@ def compute_report(results: Sequence[Result], groups: Sequence[Group], num_resam
     baselines = [
         result.metrics["thumbnail_baseline"]
         for result in results
-        if result.metrics and result.metrics["thumbnail_baseline"]
+        if result.metrics and result.metrics["thumbnail_baseline"] and not result.num_left_out  # else of other images
     ]
     return {
         "phantom": results[0].is_phantom,
