@@ -26,6 +26,7 @@ from cxa_jax.models import BACKBONES
 from cxa_jax.models.cxa import check_model
 from cxa_jax.pooling import POOLINGS
 from cxa_jax.process_pool import Job, run_jobs, split_cores
+from cxa_jax.runtime import CACHE, NUM_CPU_DEVICES, names_cpu_devices
 from cxa_jax.workdir import flatten_config, log_to_file, open_workdir, to_json, write_atomically
 
 log = logging.getLogger(__name__)
@@ -182,9 +183,15 @@ def _show(bar: tqdm, members: list[Member]) -> None:
 
 
 def _environment(places: list[list[int]]) -> dict[str, str]:
-    """Return where compiled programs are kept: XLA splits loops by the cores it sees, so each number has a place."""
-    root = pathlib.Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/cxa_jax/xla")).expanduser()
-    return {"JAX_COMPILATION_CACHE_DIR": str(root / f"{len(places[0])}_cores")}
+    """Return what jax is told in a run's process, as `set_up_runtime` does in this one.
+
+    Compiled programs have a place for each number of cores, since XLA splits loops by the cores it sees.
+    """
+    root = pathlib.Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", CACHE)).expanduser()
+    variables = {"JAX_COMPILATION_CACHE_DIR": str(root / f"{len(places[0])}_cores")}
+    if not names_cpu_devices():
+        variables["JAX_NUM_CPU_DEVICES"] = str(min(NUM_CPU_DEVICES, len(places[0]) or count_cores()))
+    return variables
 
 
 def _last_line(path: pathlib.Path) -> str:

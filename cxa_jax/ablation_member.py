@@ -18,7 +18,6 @@ from cxa_jax.localization import LocalizationScores, score_controls, score_maps
 from cxa_jax.map_evaluation import find_boxed_images
 from cxa_jax.outputs import predict_split, restore_best
 from cxa_jax.run import Run, create_run
-from cxa_jax.runtime import set_up_runtime
 from cxa_jax.sharding import put_batch, replicated
 from cxa_jax.train import train_and_evaluate
 from cxa_jax.workdir import describe_environment, flatten_config, to_json, write_atomically
@@ -32,7 +31,6 @@ NUM_WARMUP, NUM_ROUNDS = 2, 15
 def train_member(config: ConfigDict, workdir: str) -> None:
     """Train and test one run as the main job does, then write its scores of each test image to `workdir`."""
     log_to_console()
-    set_up_runtime()
     start = time.perf_counter()
     train_and_evaluate(config, workdir)
     wall_s = time.perf_counter() - start
@@ -99,7 +97,6 @@ def measure_step_times(configs: Mapping[str, ConfigDict], path: str) -> None:
     Interleaved, so that what else the machine does falls on all of them alike.
     """
     log_to_console()
-    set_up_runtime()
     calls = {name: _make_step_call(create_run(config)) for name, config in configs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(NUM_WARMUP + NUM_ROUNDS):

@@ -24,7 +24,7 @@ from cxa_jax.sharding import create_mesh, put_batch, replicated
 from cxa_jax.steps import augment_batch, make_eval_step
 from cxa_jax.timing import summarize, time_calls
 from cxa_jax.train_state import TrainState
-from cxa_jax.warm_up import lower_train_step, read_batch
+from cxa_jax.warm_up import lower_train_step
 
 RECORD_BYTES = 128 << 20  # of fake images on disk
 INFERENCE_BATCHES = (1, 16)
@@ -38,7 +38,9 @@ CompiledStep = Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainSt
 
 def make_step_batch(run: Run) -> dict[str, jax.Array]:
     """Return one training batch of the run's data on the devices."""
-    return put_batch(read_batch(run), run.mesh)
+    records, size = run.dataset.splits["train"], run.config.train.batch_size
+    batch = next(make_train_iterator(records, run.config.data, batch_size=size, seed=0))
+    return put_batch(run.select_inputs(batch), run.mesh)
 
 
 def run_steps(

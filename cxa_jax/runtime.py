@@ -22,9 +22,13 @@ def set_up_runtime() -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(CACHE).expanduser()))
-    named = "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in os.environ.get("XLA_FLAGS", "")
-    if not named:
+    if not names_cpu_devices():
         jax.config.update("jax_num_cpu_devices", min(NUM_CPU_DEVICES, count_cores()))
+
+
+def names_cpu_devices() -> bool:
+    """Return whether the environment says how many devices a processor stands for."""
+    return "JAX_NUM_CPU_DEVICES" in os.environ or "device_count" in os.environ.get("XLA_FLAGS", "")
 
 
 def check_compute_type(dtype: str) -> None:

@@ -107,9 +107,8 @@ def start_or_resume(
     Raises:
       UserError: the workdir holds another run.
     """
-    meta = read_first(
-        Checkpoints.read_meta, latest, best
-    )  # first alone: another network's arrays would not fit the mould
+    # The meta first, alone: another network's arrays would not fit the mould.
+    meta = read_first(Checkpoints.read_meta, latest, best)
     changes = check_same_run(meta, run.config, run.dataset.fingerprint, folder) if meta else []
     write_atomically(folder / "config.json", run.config.to_json_best_effort(indent=2) + "\n")
     append_environment(folder, run.dataset.name)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.stages import Compiled, Lowered
 
-from cxa_jax.data.pipeline import make_train_iterator
+from cxa_jax.data.pipeline import read_example
 from cxa_jax.run import Run
 from cxa_jax.sharding import replicated, split
 
@@ -24,18 +24,12 @@ class StepProgram(NamedTuple):
     compile_s: float
 
 
-def read_batch(run: Run) -> dict[str, np.ndarray]:
-    """Return one training batch of the run's data on the host, as the step takes it."""
-    records, size = run.dataset.splits["train"], run.config.train.batch_size
-    return run.select_inputs(next(make_train_iterator(records, run.config.data, batch_size=size, seed=0)))
-
-
 def lower_train_step(run: Run, batch_size: int) -> Lowered:
     """Trace training's own step for a batch size; nothing is put on a device."""
     sharding = split(run.mesh)
     batch = {
         name: jax.ShapeDtypeStruct((batch_size, *values.shape[1:]), values.dtype, sharding=sharding)
-        for name, values in read_batch(run).items()
+        for name, values in run.select_inputs(read_example(run.dataset.splits["train"])).items()
     }
     rate_scale = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(run.mesh))
     return run.train_step.lower(run.abstract_state, batch, rate_scale, run.root_key)

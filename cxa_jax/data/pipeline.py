@@ -154,6 +154,11 @@ def make_eval_iterator(
     return iter(dataset.to_iter_dataset(_read_options(num_threads)))
 
 
+def read_example(split: Split) -> Batch:
+    """Return the first image as a batch of one: the shapes and types that every batch has."""
+    return _read_batch(split, None, (np.zeros(1, np.int64), np.ones(1, bool)))
+
+
 def _read_batch(split: Split, own_rows: np.ndarray | None, rows_and_mask: tuple[np.ndarray, np.ndarray]) -> Batch:
     rows, mask = rows_and_mask
     wanted = rows != PADDING
