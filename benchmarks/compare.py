@@ -29,7 +29,7 @@ MARK = "@peer "  # as in peers/protocol.py
 PROGRAMS = {
     "cxa": ("CXA-JAX", "cxa.py", [], "ours"),
     "cxa_plain": ("CXA-JAX, plain graph", "cxa.py", ["--implementation=plain"], "ours"),
-    "cxa_two": ("CXA-JAX, two host devices", "cxa.py", ["--host_devices=2"], "ours"),
+    "cxa_one": ("CXA-JAX, one host device", "cxa.py", ["--host_devices=1"], "ours"),
     "keras_jax": ("Keras 3 on JAX", "keras_applications.py", ["--backend=jax"], "peers"),
     "keras_tensorflow": ("Keras 3 on TensorFlow", "keras_applications.py", ["--backend=tensorflow"], "peers"),
     "torch": ("PyTorch eager", "pytorch.py", ["--mode=eager"], "peers"),

@@ -45,6 +45,8 @@ def _data() -> ConfigDict:
             "dev_fraction": 0.1,  # share of the official training list kept for dev (R4)
             "dev_split": "image",  # 'image' (the paper's, stratified) | 'patient' (disjoint patients) (A23)
             "split_seed": 0,  # draws the dev split
+            # True: images with only other findings are kept, as negatives; the paper leaves them out (R2)
+            "other_findings": False,  # read by --mode=prepare, and names the prepared set
             "allow_missing": False,  # True: prepare the images that are there, a subset of the lists
             "sampling": "all",  # an epoch is 'all' images (the paper's) | 'balanced': positives and k negatives each
             "negatives_per_positive": 4,  # k of 'balanced', negatives drawn anew every epoch

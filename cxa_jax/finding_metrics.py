@@ -1,8 +1,8 @@
 """What a network with one attention map for each finding says of the thirteen others; Cardiomegaly is reported as ever.
 
-The images are Cardiomegaly or No Finding. Another finding is thus only seen beside cardiomegaly, and telling it from
-nothing at all is largely telling cardiomegaly: the AUROC among the images with cardiomegaly is the one without that
-shortcut.
+Without config.data.other_findings the images are Cardiomegaly or No Finding. Another finding is then only seen beside
+cardiomegaly, and telling it from nothing at all is largely telling cardiomegaly: the AUROC among the images with
+cardiomegaly is the one without that shortcut.
 """
 
 import csv

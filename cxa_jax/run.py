@@ -29,7 +29,7 @@ from cxa_jax.models.torch_import import load_torch_weights
 from cxa_jax.optimizer import create_optimizer
 from cxa_jax.sharding import check_batch_size, create_mesh, fetchable, put_replicated, replicated
 from cxa_jax.steps import INIT, make_eval_step, make_train_step
-from cxa_jax.train_state import TrainState, create_train_state
+from cxa_jax.train_state import TrainState, create_train_state, init_train_state
 
 log = logging.getLogger(__name__)
 
@@ -97,12 +97,10 @@ class Run:
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the state, without arrays: the mould for restoring."""
         key = jax.random.fold_in(self.root_key, INIT)
-        create = functools.partial(
-            create_train_state, model=self.model, tx=self.tx, image_size=self.config.data.image_size
-        )
+        init = functools.partial(init_train_state, model=self.model, tx=self.tx, image_size=self.config.data.image_size)
         sharding = replicated(self.mesh)
         return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), jax.eval_shape(create, key)
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), jax.eval_shape(init, key)
         )
 
 
@@ -129,6 +127,11 @@ def create_run(config: ConfigDict, dataset: Dataset | None = None) -> Run:
         raise UserError(
             f"config.model.labels='findings' needs ChestX-ray14 and its fourteen findings; these data ({dataset.name}) "
             "know cardiomegaly alone: set --config.model.labels=cardiomegaly"
+        )
+    if config.model.labels == "findings" and not config.data.other_findings:
+        log.warning(
+            "config.model.labels='findings' on images with cardiomegaly or nothing at all: other findings are seen "
+            "beside cardiomegaly alone. --config.data.other_findings=True (prepare again) keeps the images with others"
         )
     normalization = choose_normalization(config)
     model = model.clone(value_range=find_value_range(normalization))

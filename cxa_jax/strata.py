@@ -28,7 +28,8 @@ def find_strata(labels: ArrayLike, attributes: Mapping[str, np.ndarray]) -> list
 
     Returns:
         Strata without images are left out. Images whose age is no number are in a stratum 'unknown'. By findings, the
-        positives are split into those with cardiomegaly alone and with others; all negatives belong to both.
+        positives are split into those with cardiomegaly alone and with others; all negatives belong to both. Where
+        some negatives have findings, these and those without any are two more, with all positives in both.
     """
     labels = np.asarray(labels)
     strata = []
@@ -43,9 +44,14 @@ def find_strata(labels: ArrayLike, attributes: Mapping[str, np.ndarray]) -> list
         ]
         strata.append(Stratum("age", "unknown", ~((ages >= 0) & (ages < 150))))
     if "findings" in attributes:
-        alone = np.array([str(value).strip().lower() == "cardiomegaly" for value in attributes["findings"]])
+        findings = [str(value).strip().lower() for value in attributes["findings"]]
+        alone = np.array([value == "cardiomegaly" for value in findings])
         strata.append(Stratum("positives", "cardiomegaly alone", alone | (labels == 0)))
         strata.append(Stratum("positives", "with other findings", ~alone | (labels == 0)))
+        others = np.array([value not in ("no finding", "") and "cardiomegaly" not in value for value in findings])
+        if others[labels == 0].any():
+            strata.append(Stratum("negatives", "no finding", ~others | (labels == 1)))
+            strata.append(Stratum("negatives", "other findings", others | (labels == 1)))
     return [stratum for stratum in strata if stratum.mask.any()]
 
 

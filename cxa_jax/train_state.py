@@ -1,5 +1,7 @@
 """Everything a step changes, as one pytree."""
 
+import functools
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -29,15 +31,19 @@ class TrainState:
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
-def create_train_state(
+def init_train_state(
     key: jax.Array, model: CardioXAttentionNet, tx: optax.GradientTransformation, image_size: int
 ) -> TrainState:
     """Initialise the state from one key; the network is traced at `image_size` but its arrays do not depend on it."""
+    variables = model.init(key, jnp.zeros((1, image_size, image_size, 3)), train=False)
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    return TrainState(jnp.zeros((), jnp.int32), jnp.ones((), bool), params, batch_stats, tx.init(params))
 
-    def init(key: jax.Array) -> TrainState:
-        images = jnp.zeros((1, image_size, image_size, 3))
-        variables = model.init(key, images, train=False)
-        params, batch_stats = variables["params"], variables.get("batch_stats", {})
-        return TrainState(jnp.zeros((), jnp.int32), jnp.ones((), bool), params, batch_stats, tx.init(params))
 
-    return jax.jit(init)(key)  # traced once; without jit Flax' init runs the network op by op
+def create_train_state(
+    key: jax.Array, model: CardioXAttentionNet, tx: optax.GradientTransformation, image_size: int
+) -> TrainState:
+    """Run `init_train_state` compiled; without jit Flax' init runs the network op by op."""
+    init = functools.partial(init_train_state, model=model, tx=tx, image_size=image_size)
+    # It runs once, so what counts is to compile it quickly: the numbers are the same ones.
+    return jax.jit(init, compiler_options={"xla_backend_optimization_level": 0})(key)

@@ -20,7 +20,7 @@ from cxa_jax.data.datasets import Split
 from cxa_jax.distributed import joined
 from cxa_jax.models.cxa import CardioXAttentionNet
 from cxa_jax.train import train_and_evaluate
-from cxa_jax.train_state import create_train_state
+from cxa_jax.train_state import create_train_state, init_train_state
 
 
 def compute_in_double() -> None:
@@ -32,10 +32,11 @@ def compute_in_double() -> None:
     def to_double(leaf):
         return leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf
 
-    def create_state(*args, **kwargs):
-        return jax.tree.map(to_double, create_train_state(*args, **kwargs))
+    def doubled(create):
+        return lambda *args, **kwargs: jax.tree.map(to_double, create(*args, **kwargs))
 
-    run_module.create_model, run_module.create_train_state = create_model, create_state
+    run_module.create_model = create_model
+    run_module.create_train_state, run_module.init_train_state = map(doubled, (create_train_state, init_train_state))
 
 
 def main() -> None:

@@ -6,11 +6,12 @@ import shutil
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from nih_tree import BOXES, IMAGES, TASK_IMAGES, make_download, write_images, write_labels
+from nih_tree import BOXES, IMAGES, TASK_IMAGES, make_download, write_images, write_labels, write_metadata
 from PIL import Image
 
 from configs import dense121
 from cxa_jax.data import chestxray14, images, nih_download, records
+from cxa_jax.data.datasets import load_dataset
 from cxa_jax.data.nih_download import Download
 from cxa_jax.errors import UserError
 
@@ -32,6 +33,12 @@ def _read(config: ConfigDict) -> dict[str, list[dict]]:
     builder = chestxray14.find_prepared(config)
     sources = {split: builder.as_data_source(split) for split in ("train", "dev", "test")}
     return {split: [records.decode(source[i]) for i in range(len(source))] for split, source in sources.items()}
+
+
+def _named(config: ConfigDict) -> ConfigDict:
+    named = config.copy_and_resolve_references()
+    named.name = "chestxray14"
+    return named
 
 
 def _find(config: ConfigDict, name: str) -> pathlib.Path:
@@ -58,6 +65,27 @@ def test_stored_records(config):
             # From the 1024 px frame to 32 px, whatever the size of the file.
             expected = np.array([BOXES[record["id"]]]) / 32 if record["id"] in BOXES else np.zeros((0, 4))
             np.testing.assert_array_equal(record["boxes"], expected)
+
+
+def test_other_findings_are_a_set_of_their_own(config):
+    write_images(pathlib.Path(config.manual_dir), names=list(IMAGES))
+    write_metadata(pathlib.Path(config.manual_dir))
+    chestxray14.prepare(config)
+    config.other_findings = True
+    assert chestxray14.find_prepared(config) is None
+    with pytest.raises(UserError, match="--config.data.other_findings=True"):
+        load_dataset(_named(config))
+    chestxray14.prepare(config)
+    stored = _read(config)
+    labels = {record["id"]: record["label"] for rows in stored.values() for record in rows}
+    assert labels == {name: "Cardiomegaly" in findings for name, (findings, _, _) in IMAGES.items()}
+    provenance = chestxray14.load_provenance(chestxray14.create_builder(config))
+    others = [split.get(chestxray14.OTHER_FINDINGS, 0) for split in provenance["splits"].values()]
+    assert sum(others) == len(IMAGES) - len(TASK_IMAGES)
+    assert "not the paper's task" in load_dataset(_named(config)).description
+    config.other_findings = False
+    assert sum(map(len, _read(config).values())) == len(TASK_IMAGES)
+    assert "not the paper's task" not in load_dataset(_named(config)).description
 
 
 def test_provenance(config):

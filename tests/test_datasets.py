@@ -73,7 +73,7 @@ def builder(tmp_path, monkeypatch) -> TinyXrays:
     """The tiny builder in the place of a prepared ChestX-ray14."""
     builder = prepare(tmp_path)
     monkeypatch.setattr(chestxray14, "find_prepared", lambda _: builder)
-    monkeypatch.setattr(chestxray14, "load_provenance", lambda _: {"missing_images": 0})
+    monkeypatch.setattr(chestxray14, "load_provenance", lambda _: {"missing_images": 0, "splits": {}})
     return builder
 
 
@@ -120,7 +120,7 @@ def test_the_fingerprint_knows_pixels_and_not_the_place(tmp_path, monkeypatch):
         monkeypatch.setattr(TinyXrays, "seed", seed)
         builder = prepare(tmp_path / folder)
         monkeypatch.setattr(chestxray14, "find_prepared", lambda _: builder)
-        monkeypatch.setattr(chestxray14, "load_provenance", lambda _: {"missing_images": 0})
+        monkeypatch.setattr(chestxray14, "load_provenance", lambda _: {"missing_images": 0, "splits": {}})
         return load_dataset(make_config(tmp_path / folder, name="chestxray14")).fingerprint
 
     assert fingerprint_of("a", 0) == fingerprint_of("b", 0)

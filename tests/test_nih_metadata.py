@@ -1,7 +1,7 @@
 import pathlib
 
 import pytest
-from nih_tree import BOXES, TASK_IMAGES, label_line, make_download, write_labels
+from nih_tree import BOXES, IMAGES, TASK_IMAGES, label_line, make_download, write_labels
 
 from cxa_jax.data import nih_metadata
 from cxa_jax.data.nih_download import Download, find_download
@@ -82,6 +82,21 @@ def test_rows_of_the_task(folder):
     assert metadata.counts["train_val_negatives"] == 8
     assert metadata.counts["test_positives"] == 2
     assert metadata.counts["other_findings"] == 1
+
+
+def test_images_with_only_other_findings_are_negatives_where_asked_for(folder):
+    metadata = nih_metadata.load_metadata(find_download([folder]), other_findings=True)
+    labels = {row.id: row.label for row in metadata.rows}
+    assert sorted(labels) == sorted(IMAGES)
+    assert labels == {name: int("Cardiomegaly" in findings) for name, (findings, _, _) in IMAGES.items()}
+    assert metadata.counts == _load(folder).counts  # of the paper's task, to be held against the published ones
+
+
+def test_real_metadata_with_all_images(real):
+    metadata = nih_metadata.load_metadata(real, other_findings=True)
+    assert metadata.has_published_counts
+    assert len(metadata.rows) == 112_120
+    assert sum(row.label for row in metadata.rows) == 1707 + 1069
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 Augmentation is off, for no peer has it in its step; the way from bytes to normalised RGB is in.
 """
 
+import contextlib
 import os
 import pathlib
 import sys
@@ -11,20 +12,21 @@ from protocol import LEARNING_RATE, MOMENTUM, parse_arguments, serve
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 arguments = parse_arguments(
-    implementation=("auto", "plain", "fused"), dtype=("float32", "bfloat16"), host_devices=("1", "2", "4", "8")
+    implementation=("auto", "plain", "fused"), dtype=("float32", "bfloat16"), host_devices=("launcher", "1", "4", "8")
 )
-if arguments.host_devices != "1":
-    flag = f"--xla_force_host_platform_device_count={arguments.host_devices}"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+if arguments.host_devices != "launcher":
+    os.environ["JAX_NUM_CPU_DEVICES"] = arguments.host_devices
 
-import jax  # noqa: E402  (reads XLA_FLAGS)
+import jax  # noqa: E402  (reads JAX_NUM_CPU_DEVICES)
 import numpy as np  # noqa: E402
 
 from configs import common  # noqa: E402
 from cxa_jax.data.augment import normalize_images, to_rgb  # noqa: E402
 from cxa_jax.data.fake_xrays import make_fake_dataset  # noqa: E402
 from cxa_jax.run import Run, create_run  # noqa: E402
+from cxa_jax.runtime import set_up_runtime  # noqa: E402
 from cxa_jax.sharding import put_batch, replicated, split  # noqa: E402
+from cxa_jax.warm_up import compiling_train_step  # noqa: E402
 
 
 def build_run() -> Run:
@@ -39,11 +41,13 @@ def build_run() -> Run:
     return create_run(config.lock(), make_fake_dataset(arguments.image_size, 4))
 
 
+set_up_runtime()
 run = build_run()
 rng = np.random.default_rng(0)
 images = rng.integers(0, 256, (arguments.batch_size, arguments.image_size, arguments.image_size, 1), np.uint8)
 labels = np.arange(arguments.batch_size, dtype=np.int32) % 2
-state = run.create_state()
+with compiling_train_step(run) if arguments.first == "train" else contextlib.nullcontext():  # as training does
+    state = run.create_state()
 rate_scale = jax.device_put(np.float32(1), replicated(run.mesh))
 
 

@@ -23,10 +23,12 @@ from cxa_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
+OTHER_FINDINGS = "with only other findings"  # their number in a split's provenance
 _SHARD_BYTES = 128 << 20  # of pixels; a shard's records are held in memory while it is written
 _DESCRIPTION = """\
 NIH ChestX-ray14 (112,120 frontal X-rays of 30,805 patients), reduced to the images with Cardiomegaly (label 1) and
-those with exactly 'No Finding' (label 0). Official patient-wise lists; dev is drawn from the training list. The labels
+those with exactly 'No Finding' (label 0); other images are in it where its name ends in "other_findings" (label 0).
+Official patient-wise lists; dev is drawn from the training list. The labels
 were mined from radiology reports, with an accuracy above 90 % by the authors' own estimate; the boxes were drawn by a
 radiologist on test images only. Provider: NIH Clinical Center, https://nihcc.app.box.com/v/ChestXray-NIHCC
 """
@@ -44,6 +46,7 @@ class ChestXray14Config(tfds.core.BuilderConfig):
     dev_split: str
     dev_fraction: float
     split_seed: int
+    other_findings: bool
     allow_missing: bool
     num_workers: int
     manual_dir: str  # '' = the manual_dir of TFDS' own download config
@@ -134,8 +137,8 @@ class ChestXray14(tfds.core.ShardBasedBuilder):
 def create_builder(data_config: ConfigDict) -> ChestXray14:
     """Return the builder of config.data; a prepared set is found by its name, without the download.
 
-    The name holds what the user chose: size, dev split, its fraction and seed. What the set was made from is in its
-    metadata (`load_provenance`), and `prepare` compares it.
+    The name holds what the user chose: size, dev split, its fraction and seed, whether other findings are in. What the
+    set was made from is in its metadata (`load_provenance`), and `prepare` compares it.
 
     Raises:
       UserError: if image_size is not positive.
@@ -211,7 +214,7 @@ def select_images(config: ChestXray14Config, manual_dir: str) -> Selection:
     """
     folders = nih_download.parse_folders(manual_dir)
     download = nih_download.find_download(folders)
-    metadata = nih_metadata.load_metadata(download)
+    metadata = nih_metadata.load_metadata(download, other_findings=config.other_findings)
     rows = [row for row in metadata.rows if row.id in download.images]
     missing = [row.id for row in metadata.rows if row.id not in download.images]
     _check_missing(missing, len(metadata.rows), manual_dir, config.allow_missing)
@@ -236,8 +239,10 @@ def select_images(config: ChestXray14Config, manual_dir: str) -> Selection:
 def _create_config(data_config: ConfigDict) -> ChestXray14Config:
     if data_config.image_size < 1:
         raise UserError(f"config.data.image_size={data_config.image_size}: must be at least 1 px")
-    shaping = {name: data_config[name] for name in ("image_size", "dev_split", "dev_fraction", "split_seed")}
+    fields = ("image_size", "dev_split", "dev_fraction", "split_seed", "other_findings")
+    shaping = {name: data_config[name] for name in fields}
     name = "{image_size}px_{dev_split}_dev{dev_fraction:g}_seed{split_seed}".format(**shaping)
+    name += "_other_findings" * data_config.other_findings
     making = {name: data_config[name] for name in ("allow_missing", "num_workers", "manual_dir")}
     return ChestXray14Config(name=name, **shaping, **making)
 
@@ -262,7 +267,9 @@ def _split(rows: list[nih_metadata.Row], config: ChestXray14Config) -> dict[str,
 def _summarize(rows: list[nih_metadata.Row]) -> dict[str, int]:
     positives = sum(row.label for row in rows)
     patients = len({row.patient for row in rows})
-    return {"images": len(rows), "positives": positives, "negatives": len(rows) - positives, "patients": patients}
+    counts = {"images": len(rows), "positives": positives, "negatives": len(rows) - positives, "patients": patients}
+    others = sum(nih_metadata.label_of(row.findings) is None for row in rows)
+    return counts | ({OTHER_FINDINGS: others} if others else {})
 
 
 def _check_missing(missing: list[str], total: int, manual_dir: str, allow_missing: bool) -> None:

@@ -42,7 +42,13 @@ PREPARE_COMMAND = (
 )
 
 # Fields that choose a prepared set, as the command above has them; others are added to it.
-PREPARE_DEFAULTS = {"data_dir": "data", "dev_split": "image", "dev_fraction": 0.1, "split_seed": 0}
+PREPARE_DEFAULTS = {
+    "data_dir": "data",
+    "dev_split": "image",
+    "dev_fraction": 0.1,
+    "split_seed": 0,
+    "other_findings": False,
+}
 
 
 class RecordSource:
@@ -273,8 +279,11 @@ def _save_index(path: pathlib.Path, index: dict[str, np.ndarray]) -> None:
 
 
 def _describe_nih(builder: chestxray14.ChestXray14) -> str:
-    missing = chestxray14.load_provenance(builder)["missing_images"]
-    return "NIH ChestX-ray14" + (f", a part of it: {missing:,} images are missing" if missing else "")
+    provenance = chestxray14.load_provenance(builder)
+    missing = provenance["missing_images"]
+    text = "NIH ChestX-ray14" + (f", a part of it: {missing:,} images are missing" if missing else "")
+    others = sum(split.get(chestxray14.OTHER_FINDINGS, 0) for split in provenance["splits"].values())
+    return text + (f"; {others:,} negatives have other findings, which is not the paper's task" if others else "")
 
 
 def _not_prepared(data_config: ConfigDict) -> str:

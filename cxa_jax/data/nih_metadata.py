@@ -58,14 +58,19 @@ class Metadata:
         return not _differences(self.counts)
 
 
-def load_metadata(download: Download) -> Metadata:
+def load_metadata(download: Download, *, other_findings: bool = False) -> Metadata:
     """Read label file, lists and boxes, and make the task's rows (R2, R3).
 
-    An image is positive if Cardiomegaly is among its findings, negative if its findings are exactly 'No Finding';
-    images with only other findings, and images on neither list, are left out and counted.
+    An image is positive if Cardiomegaly is among its findings, negative if its findings are exactly 'No Finding'.
+    Images on neither list are left out and counted.
+
+    Args:
+      download: where the files are.
+      other_findings: images with only other findings are negatives too; False leaves them out, as the paper does.
 
     Returns:
-      Metadata. If every published image is in a v2020 label file and the lists, the counts equal `PUBLISHED`.
+      Metadata; its counts are of the paper's task either way. If every published image is in a v2020 label file and
+      the lists, they equal `PUBLISHED`.
 
     Raises:
       UserError: for a wrong header or field, a repeated id, a listed image without labels, an image or patient on both
@@ -82,6 +87,8 @@ def load_metadata(download: Download) -> Metadata:
     rows = []
     for name in sorted(part_of):
         label = label_of(labels[name]["findings"])
+        if label is None and other_findings:
+            label = 0
         if label is not None:
             rows.append(Row(name, label=label, part=part_of[name], boxes=tuple(boxes[name]), **labels[name]))
     counts = _count(labels, lists, rows)
@@ -177,7 +184,7 @@ def _read_boxes(path: pathlib.Path) -> dict[str, list[tuple[float, float, float,
 
 
 def _count(labels: Mapping[str, dict], lists: Mapping[str, set[str]], rows: Iterable[Row]) -> dict[str, int]:
-    per_class = collections.Counter((row.part, row.label) for row in rows)
+    per_class = collections.Counter((row.part, row.label) for row in rows if label_of(row.findings) is not None)
     listed = sum(map(len, lists.values()))
     return {
         "images": len(labels),
