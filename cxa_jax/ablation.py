@@ -127,7 +127,8 @@ def make_members(
 ) -> list[Member]:
     """Return the runs, seed by seed: all poolings of one seed first, so that a cut ablation is a smaller one.
 
-    PCAM shares a linear head with its map and gets one; all others have the head of the config.
+    PCAM shares a linear head with its map and gets one; all others have the head of the config. GeM takes positive
+    features alone, so it is left out where the others read BN(F).
     """
     members = []
     for seed in seeds:
@@ -139,6 +140,8 @@ def make_members(
                 own.data.name = data_name  # 'auto' could find other data later
                 if pooling == "pcam":
                     own.model.head = "linear"
+                if pooling == "gem" and own.model.attended == "all_normalized":
+                    own.model.attended = "normalized"
             members.append(Member(pooling, seed, own, folder / own.name))
     return members
 

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cxa_jax.console import be_quiet
 from cxa_jax.errors import UserError
-from cxa_jax.interruption import RESUMABLE, Interrupted
+from cxa_jax.interruption import RESUMABLE, Interrupted, check, is_asked
 
 HEARTBEAT_TIMEOUT_S = 60  # a process that is silent for so long is taken for dead
 START_TIMEOUT_S = 300
@@ -32,8 +32,14 @@ LOST = "another process of this run is gone (its own message says why); start al
 LOST += "last checkpoint"
 
 _numbers = itertools.count()  # of barriers: no two share a name
-_ENDED = "cxa_jax/ended"
+_ENDED, _STOP = "cxa_jax/ended", "cxa_jax/stop"
+# A process may be one step ahead of another: it waits for the metrics of the step before, which take all of them.
+_STEPS_AHEAD = 2
 SIGNS_OF_LOSS = ("Gloo", "NCCL", "Barrier failed", "heartbeat", "coordination service", "UNAVAILABLE", "closed by peer")
+
+
+class AllStop(Interrupted):
+    """All processes of this run end here together, and the state is saved."""
 
 
 @contextlib.contextmanager
@@ -67,6 +73,10 @@ def joined(coordinator: str, num_processes: int, process_id: int, auto: bool, mo
             _leave(end.code)
     except (UserError, OSError) as error:
         _leave(f"error: {error}")
+    except AllStop as notice:
+        sys.stderr.write(f"stopped by {notice} after saving; the same commands go on\n")
+        _take_leave(watcher)
+        _leave(RESUMABLE)
     except Interrupted as notice:
         sys.stderr.write(f"stopped by {notice}; the same commands go on from the last checkpoint\n")
         _leave(RESUMABLE)
@@ -87,6 +97,47 @@ def barrier(name: str, timeout_s: int = START_TIMEOUT_S) -> None:
     """Return when every process is here; nothing to wait for in a single process."""
     if jax.distributed.is_initialized():
         jax_distributed.global_state.client.wait_at_barrier(f"cxa_jax/{name}/{next(_numbers)}", timeout_s * 1000)
+
+
+def is_stop_due(step: int) -> bool:
+    """Tell whether to save and end after a training step, because a signal has reached this process or another.
+
+    All processes of a run get True at the same step, the second one after the signal: the first that is asked writes
+    that step down where all look after each of theirs.
+
+    Args:
+      step: of the whole training, the same for all processes.
+    """
+    if not jax.distributed.is_initialized():
+        return is_asked()
+    if is_asked():
+        _propose_stop(step + _STEPS_AHEAD)
+    agreed = _find_stop()
+    return agreed is not None and step >= agreed
+
+
+def agree_to_stop() -> bool:
+    """Tell, between two epochs, whether to save and end; several processes wait for each other and hear the same."""
+    if not jax.distributed.is_initialized():
+        return is_asked()
+    if is_asked():
+        _propose_stop(0)
+    barrier("stop", PREPARATION_TIMEOUT_S)
+    agreed = _find_stop() is not None
+    barrier("stop heard", PREPARATION_TIMEOUT_S)  # no one proposes before all have looked
+    return agreed
+
+
+def stop() -> NoReturn:
+    """End a training whose state is saved.
+
+    Raises:
+      Interrupted: alone.
+      AllStop: as one of several, all of which get here.
+    """
+    if not jax.distributed.is_initialized():
+        check()
+    raise AllStop("a signal to one of the processes")
 
 
 @contextlib.contextmanager
@@ -110,6 +161,20 @@ def writable(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         return
     with tempfile.TemporaryDirectory(prefix="cxa_jax_") as scratch:
         yield pathlib.Path(scratch)
+
+
+def _propose_stop(step: int) -> None:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first
+        jax_distributed.global_state.client.key_value_set(_STOP, str(step))
+
+
+def _find_stop() -> int | None:
+    try:
+        return int(jax_distributed.global_state.client.key_value_try_get(_STOP))
+    except jax.errors.JaxRuntimeError as error:
+        if "NOT_FOUND" not in str(error):
+            raise
+        return None
 
 
 def _check(coordinator: str, num_processes: int, process_id: int, auto: bool) -> bool:

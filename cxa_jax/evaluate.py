@@ -93,7 +93,8 @@ def evaluate_split(
     with memory, progress_bar(len(split.source), f"predict {split.name}", disable=not show_progress) as bar:
         own = own_rows(batch_size, mesh)
         for batch in make_eval_iterator(split, batch_size=batch_size, num_threads=num_threads, own_rows=own):
-            interruption.check()
+            if jax.process_count() == 1:  # one of several must not leave the others: training ends them all, later
+                interruption.check()
             out = eval_step(variables, put_batch(batch["image"], mesh))
             if pending is not None:  # fetched while the device works on the next batch
                 collect(*pending)

@@ -5,10 +5,11 @@ Every pooling of `POOLINGS` is called the same way and returns the pooled featur
     pooled, p = POOLINGS[name](features, attention_logits, mask=None, temperature=1.0)
 
 p is df/dF with the attention logits held fixed: [B, h, w, 1] where all channels share one map, [B, h, w, C] where each
-channel has its own (its mean over channels is the map to draw). All is computed in float32 whatever the compute type of
-the network (float64 stays float64). Values and gradients are finite for logits in [-1e3, 1e3], features up to 1e20 in
-size and temperatures from 1e-6 to 1e6. Cells where `mask` is False carry no weight, whatever finite numbers they hold.
-A row without any valid cell gives zeros, in f, p and every gradient. docs/amm.md has the mathematics.
+channel has its own (its mean over channels is the map to draw). `pooling_weights` gives p alone; `pool` and
+`pool_channels` average with it. All is computed in float32 whatever the compute type of the network (float64 stays
+float64). Values and gradients are finite for logits in [-1e3, 1e3], features up to 1e20 in size and temperatures from
+1e-6 to 1e6. Cells where `mask` is False carry no weight, whatever finite numbers they hold. A row without valid cells
+gives zeros, in f, p and every gradient. docs/amm.md has the mathematics.
 """
 
 import math
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from cxa_jax import masked_cells as cells
 from cxa_jax.array_types import AttentionLogits, Features, Pooled
 
 Weights = Float[Array, "B h w M"]  # p: M = 1 for one map, M = C for one map per channel, else one per class
@@ -26,8 +28,6 @@ CellMask = Bool[Array, "B h w"]  # True = the cell counts
 PooledClasses = Float[Array, "B M C"]  # one vector for each of M maps
 Kernel = Float[Array, "_ _"]
 Bias = Float[Array, "M"]
-
-_CELLS = (1, 2)
 
 
 def gwap(
@@ -66,22 +66,22 @@ def gap(features: Features, *, mask: CellMask | None = None) -> Pooled:
     Returns:
       f, [B, C].
     """
-    features, valid = at_least_float32(features), _valid(features, mask)
-    return jnp.sum(jnp.where(valid, features, 0), axis=_CELLS) / _count(valid, features.dtype)[:, 0, 0]
+    features, valid = at_least_float32(features), cells.find_valid(features, mask)
+    return jnp.sum(jnp.where(valid, features, 0), axis=cells.CELLS) / cells.count_valid(valid, features.dtype)[:, 0, 0]
 
 
 def amm_weights(
     attention_logits: AttentionLogits, *, mask: CellMask | None = None, temperature: ArrayLike = 1.0
 ) -> Weights:
     """Return ``p = softmax(log sigmoid(z) / temperature)`` over cells: W / sum W at temperature 1 (Eq. 9)."""
-    return _softmax(jax.nn.log_sigmoid(at_least_float32(attention_logits)), mask, temperature)
+    return cells.softmax(jax.nn.log_sigmoid(at_least_float32(attention_logits)), mask, temperature)
 
 
 def softmax_weights(
     attention_logits: AttentionLogits, *, mask: CellMask | None = None, temperature: ArrayLike = 1.0
 ) -> Weights:
     """Return ``p = softmax(z / temperature)`` over cells (Ilse et al. 2018)."""
-    return _softmax(at_least_float32(attention_logits), mask, temperature)
+    return cells.softmax(at_least_float32(attention_logits), mask, temperature)
 
 
 def pool(features: Features, weights: Weights) -> Pooled | PooledClasses:
@@ -101,6 +101,38 @@ def pool(features: Features, weights: Weights) -> Pooled | PooledClasses:
     # HIGHEST because accelerators otherwise round float32 operands to TF32 or bfloat16.
     pooled = jnp.einsum("bhwk,bhwm->bmk", features, weights, precision=jax.lax.Precision.HIGHEST)
     return pooled[:, 0] if weights.shape[-1] == 1 else pooled
+
+
+def pooling_weights(name: str, features, attention_logits=None, *, mask=None, temperature=1.0) -> Weights:
+    """Return p of POOLINGS[name]; under jit nothing else is computed.
+
+    Args:
+      name: key of POOLINGS.
+      features: F, [B, h, w, C].
+      attention_logits: z, [B, h, w, M]; None for the names in FEATURES_ONLY.
+      mask: [B, h, w], True where a cell counts; None counts all.
+      temperature: > 0.
+
+    Returns:
+      p, [B, h, w, M], for `pool`; of gmp, lse, gem and topk [B, h, w, C], for `pool_channels`.
+    """
+    return POOLINGS[name](features, attention_logits, mask=mask, temperature=temperature)[1]
+
+
+def pool_channels(features: Features, weights: Weights) -> Pooled:
+    """Average each channel with its own weights, or all with the same ones: ``f_k = sum_i p_ik F_ik``.
+
+    The pooled features of every entry of POOLINGS but lse, which adds a divergence to this sum.
+
+    Args:
+      features: F, [B, h, w, C].
+      weights: p, [B, h, w, C] or [B, h, w, 1].
+
+    Returns:
+      f, [B, C].
+    """
+    features, weights = at_least_float32(features), at_least_float32(weights)
+    return jnp.sum(weights * features, axis=cells.CELLS)
 
 
 def gated_attention_logits(
@@ -168,17 +200,17 @@ def softmax_attention(features, attention_logits, *, mask=None, temperature=1.0)
 
 def global_average(features, attention_logits=None, *, mask=None, temperature=1.0):
     """Pool as `gap`, and return p = 1 / S; logits and temperature are not read."""
-    valid, dtype = _valid(features, mask), at_least_float32(features).dtype
-    return gap(features, mask=mask), valid.astype(dtype) / _count(valid, dtype)
+    valid, dtype = cells.find_valid(features, mask), at_least_float32(features).dtype
+    return gap(features, mask=mask), valid.astype(dtype) / cells.count_valid(valid, dtype)
 
 
 def global_max(features, attention_logits=None, *, mask=None, temperature=1.0):
     """Pool by ``f_k = max_i F_ik``, per channel; ties share the weight; logits and temperature are not read."""
-    valid = _valid(features, mask)
+    valid = cells.find_valid(features, mask)
 
     def pooled(features):
-        largest = jnp.max(jnp.where(valid, features, jnp.finfo(features.dtype).min), axis=_CELLS)
-        return _zero_if_empty(largest, valid)
+        largest = jnp.max(jnp.where(valid, features, jnp.finfo(features.dtype).min), axis=cells.CELLS)
+        return cells.zero_if_empty(largest, valid)
 
     return weights_by_gradient(pooled, features)
 
@@ -188,8 +220,11 @@ def log_sum_exp(features, attention_logits=None, *, mask=None, temperature=1.0, 
 
     p = softmax(r F) sums to one, yet ``f = sum p F - KL(p || 1 / S) / r``: the only entry where f is not sum p F.
     """
-    r, valid = sharpness / _positive(temperature, at_least_float32(features).dtype), _valid(features, mask)
-    return weights_by_gradient(lambda features: _log_mean_exp(features, r, valid), features)
+    r, valid = (
+        sharpness / cells.to_positive(temperature, at_least_float32(features).dtype),
+        cells.find_valid(features, mask),
+    )
+    return weights_by_gradient(lambda features: cells.log_mean_exp(features, r, valid), features)
 
 
 def generalized_mean(features, attention_logits=None, *, mask=None, temperature=1.0, exponent=3.0, floor=1e-6):
@@ -197,27 +232,29 @@ def generalized_mean(features, attention_logits=None, *, mask=None, temperature=
 
     f = sum p F, while sum p <= 1 for q >= 1. Features below the floor get no weight.
     """
-    valid = _valid(features, mask)
+    valid = cells.find_valid(features, mask)
 
     def pooled(features):
-        q = exponent / _positive(temperature, features.dtype)
+        q = exponent / cells.to_positive(temperature, features.dtype)
         logs = jnp.log(jnp.maximum(features, floor))
-        return _zero_if_empty(jnp.exp(_log_mean_exp(logs, q, valid)), valid)
+        return cells.zero_if_empty(jnp.exp(cells.log_mean_exp(logs, q, valid)), valid)
 
     return weights_by_gradient(pooled, features)
 
 
 def top_k_mean(features, attention_logits=None, *, mask=None, temperature=1.0, fraction=0.1):
     """Pool by the mean of the largest k = fraction x S cells (at least one) of each channel; only F is read."""
-    valid = _valid(features, mask)
+    valid = cells.find_valid(features, mask)
 
     def pooled(features):
-        cells = jnp.where(valid, features, jnp.finfo(features.dtype).min)
-        cells = jnp.moveaxis(cells, 3, 1).reshape(cells.shape[0], cells.shape[3], -1)
-        largest = jax.lax.top_k(cells, math.ceil(fraction * cells.shape[2]))[0]
-        k = jnp.maximum(jnp.round(fraction * _count(valid, features.dtype)[:, 0]), 1)  # S is what the mask leaves
+        values = jnp.where(valid, features, jnp.finfo(features.dtype).min)
+        values = jnp.moveaxis(values, 3, 1).reshape(values.shape[0], values.shape[3], -1)
+        largest = jax.lax.top_k(values, math.ceil(fraction * values.shape[2]))[0]
+        k = jnp.maximum(
+            jnp.round(fraction * cells.count_valid(valid, features.dtype)[:, 0]), 1
+        )  # S is what the mask leaves
         rank = jnp.arange(largest.shape[2], dtype=features.dtype)[None, None, :]
-        return _zero_if_empty(jnp.sum(jnp.where(rank < k, largest, 0), axis=2) / k[:, 0], valid)
+        return cells.zero_if_empty(jnp.sum(jnp.where(rank < k, largest, 0), axis=2) / k[:, 0], valid)
 
     return weights_by_gradient(pooled, features)
 
@@ -255,45 +292,3 @@ def at_least_float32(x: Array) -> Array:
 def _dense(x: Array, kernel: Array) -> Array:
     x, kernel = at_least_float32(x), at_least_float32(kernel)
     return jnp.einsum("bhwc,cm->bhwm", x, kernel, precision=jax.lax.Precision.HIGHEST)
-
-
-def _positive(temperature: ArrayLike, dtype) -> Array:
-    if isinstance(temperature, int | float) and not temperature > 0:  # a traced temperature cannot be checked
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    return jnp.asarray(temperature, dtype)
-
-
-def _valid(features: Array, mask: Array | None) -> Array:
-    return jnp.ones((*features.shape[:3], 1), bool) if mask is None else mask.astype(bool)[..., None]
-
-
-def _count(valid: Array, dtype) -> Array:
-    return jnp.maximum(jnp.sum(valid, axis=_CELLS, keepdims=True), 1).astype(dtype)
-
-
-def _zero_if_empty(pooled: Array, valid: Array) -> Array:
-    return jnp.where(jnp.any(valid, axis=_CELLS), pooled, 0)
-
-
-def _below_top(scores: Array, valid: Array) -> tuple[Array, Array]:
-    """Return scores - top, 0 in masked cells, and top, the largest valid score (0 in an empty row)."""
-    top = jnp.max(jax.lax.stop_gradient(scores), axis=_CELLS, keepdims=True, initial=-jnp.inf, where=valid)
-    top = jnp.where(jnp.isfinite(top), top, 0)
-    # masked cells are kept out of exp, where they could overflow and turn a zero gradient into NaN
-    return jnp.where(valid, scores - top, 0), top
-
-
-def _softmax(scores: Array, mask: Array | None, temperature: ArrayLike) -> Array:
-    valid = _valid(scores, mask)
-    # top is taken off before the division, which could overflow at a low temperature
-    exp = jnp.where(valid, jnp.exp(_below_top(scores, valid)[0] / _positive(temperature, scores.dtype)), 0)
-    return exp / jnp.where(jnp.any(valid, axis=_CELLS, keepdims=True), jnp.sum(exp, axis=_CELLS, keepdims=True), 1)
-
-
-def _log_mean_exp(scores: Array, sharpness: Array, valid: Array) -> Array:
-    """Return (1 / r) log mean exp(r scores), r = sharpness; their mean as r -> 0."""
-    below, top = _below_top(scores, valid)
-    exponents, count = sharpness * below, _count(valid, scores.dtype)
-    flat = jnp.min(exponents, axis=_CELLS, keepdims=True) > -1  # there 1 + r x rounds r x away; expm1, log1p keep it
-    mean = jnp.sum(jnp.where(flat, jnp.expm1(exponents), valid * jnp.exp(exponents)), _CELLS, keepdims=True) / count
-    return (top + jnp.where(flat, jnp.log1p(mean), jnp.log(jnp.where(flat, 1, mean))) / sharpness)[:, 0, 0]

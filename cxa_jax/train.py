@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from cxa_jax import figures, interruption
+from cxa_jax import distributed, figures, interruption
 from cxa_jax.array_types import Batch
 from cxa_jax.checkpointing import Checkpoints, read_first
 from cxa_jax.console import progress_bar
@@ -85,10 +85,11 @@ def train(run: Run, folder: pathlib.Path, output: pathlib.Path) -> None:
             while progress.epoch < run.config.train.num_epochs and not progress.early_stop.stop:
                 state, progress = train_epoch(run, state, progress, iterator, latest)
                 try:
+                    if distributed.agree_to_stop():
+                        distributed.stop()
                     progress = end_epoch(run, state, progress)
-                except interruption.Interrupted:  # on the dev split: the epoch's steps are not lost
-                    if jax.process_count() == 1:
-                        latest.save(state, make_meta(run, progress, iterator))
+                except interruption.Interrupted:  # here or on the dev split: the epoch's steps are not lost
+                    latest.save(state, make_meta(run, progress, iterator))
                     raise
                 if progress.best_step == int(state.step):
                     best.save(state, make_meta(run, progress, iterator))
@@ -182,13 +183,13 @@ def train_epoch(
             if pending is not None:
                 progress = _fetch(run, state, progress, pending, latest, bar)
             pending = batch, metrics
-            if jax.process_count() > 1:  # another may be at another step, and saving takes all of them
-                interruption.check()
             due = train.checkpoint_every_steps and (epoch_step + 1) % train.checkpoint_every_steps == 0
-            if due or interruption.is_asked():
+            ends = distributed.is_stop_due(progress.epoch * num_steps + epoch_step)
+            if due or ends:
                 progress, pending = _fetch(run, state, progress, pending, latest, bar), None
                 latest.save(state, make_meta(run, progress, iterator))
-                interruption.check()
+            if ends:
+                distributed.stop()
         if pending is not None:
             progress = _fetch(run, state, progress, pending, latest, bar)
     return state, progress

@@ -1,25 +1,28 @@
 """Program: one process of a tiny run; the flags are launch.py's. Run by test_distributed.py with
 JAX_ENABLE_X64=1.
 
-With --images=FILE it writes there which images of batches this process read, a line each: SPLIT ROW.
+With --images=FILE it writes there which images of batches this process read, a line each: SPLIT ROW. With
+--signal=training:N it sends itself SIGTERM before its step N, with --signal=dev:N before the dev split of epoch N.
 """
 
 import argparse
+import itertools
+import os
 import pathlib
+import signal
 import sys
 
 import jax
 import jax.numpy as jnp
 import tiny
 
-from cxa_jax import figures
+from cxa_jax import figures, train
 from cxa_jax import run as run_module
-from cxa_jax.console import log_to_console
+from cxa_jax.console import command_exits, log_to_console
 from cxa_jax.data import pipeline
 from cxa_jax.data.datasets import Split
 from cxa_jax.distributed import joined
 from cxa_jax.models.cxa import CardioXAttentionNet
-from cxa_jax.train import train_and_evaluate
 from cxa_jax.train_state import create_train_state, init_train_state
 
 
@@ -39,6 +42,18 @@ def compute_in_double() -> None:
     run_module.create_train_state, run_module.init_train_state = map(doubled, (create_train_state, init_train_state))
 
 
+def signal_itself(name: str, number: int) -> None:
+    """Send SIGTERM at the number-th call of a function that training calls."""
+    function, calls = getattr(train, name), itertools.count(1)
+
+    def signalling(*args, **kwargs):
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*args, **kwargs)
+
+    setattr(train, name, signalling)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--workdir", required=True)
@@ -47,6 +62,7 @@ def main() -> None:
     parser.add_argument("--process_id", type=int, default=-1)
     parser.add_argument("--num_epochs", type=int, default=2)
     parser.add_argument("--images")
+    parser.add_argument("--signal", default="")
     arguments = parser.parse_args()
     log_to_console()
     reads, read_image = [], Split.read_image
@@ -60,8 +76,11 @@ def main() -> None:
     figures.save_augmentation_grid = lambda run, path: None  # it reads batches of its own
     run_module.load_dataset = lambda config: tiny.make_dataset()
     compute_in_double()
-    with joined(arguments.coordinator, arguments.num_processes, arguments.process_id, auto=False):
-        train_and_evaluate(tiny.make_config(**{"train.num_epochs": arguments.num_epochs}), arguments.workdir)
+    if arguments.signal:
+        place, _, number = arguments.signal.partition(":")
+        signal_itself("put_batch" if place == "training" else "evaluate_split", int(number))
+    with command_exits(), joined(arguments.coordinator, arguments.num_processes, arguments.process_id, auto=False):
+        train.train_and_evaluate(tiny.make_config(**{"train.num_epochs": arguments.num_epochs}), arguments.workdir)
         if arguments.images:
             pathlib.Path(arguments.images).write_text("\n".join(reads))
 

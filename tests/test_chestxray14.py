@@ -80,7 +80,7 @@ def test_other_findings_are_a_set_of_their_own(config):
     labels = {record["id"]: record["label"] for rows in stored.values() for record in rows}
     assert labels == {name: "Cardiomegaly" in findings for name, (findings, _, _) in IMAGES.items()}
     provenance = chestxray14.load_provenance(chestxray14.create_builder(config))
-    others = [split.get(chestxray14.OTHER_FINDINGS, 0) for split in provenance["splits"].values()]
+    others = [split.get("other_findings", 0) for split in provenance["splits"].values()]
     assert sum(others) == len(IMAGES) - len(TASK_IMAGES)
     assert "not the paper's task" in load_dataset(_named(config)).description
     config.other_findings = False
@@ -99,7 +99,7 @@ def test_provenance(config):
     assert provenance["missing_images"] == provenance["duplicate_images"] == 0
     assert provenance["label_version"] == "v2020"
     assert not provenance["published_counts"]
-    assert provenance["splits"]["dev"] == {"images": 3, "positives": 1, "negatives": 2,
+    assert provenance["splits"]["dev"] == {"images": 3, "positives": 1, "negatives": 2, "other_findings": 0,
                                            "patients": provenance["splits"]["dev"]["patients"]}  # fmt: skip
     stored = _read(config)
     patients = {split: {record["patient"] for record in rows} for split, rows in stored.items()}

@@ -105,6 +105,28 @@ def test_one_process_writes(trained):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("signals", "saved"),
+    [
+        (((), ["--signal=training:9"]), "step 11"),  # that step and two more
+        ((["--signal=training:5"], ["--signal=training:6"]), "step 6"),  # at the end of an epoch, to both
+        (((), ["--signal=dev:1"]), "step 9"),  # the dev split is finished, and three steps done
+    ],
+    ids=["in an epoch", "both at an epoch's end", "on the dev split"],
+)
+def test_a_signal_to_one_saves_and_ends_all(trained, tmp_path, signals, saved):
+    """The run then goes on as if nothing had been."""
+    for code, error in finish(start_two(tmp_path / "cut", own=signals)):
+        assert code == 75, error[-3000:]
+        assert "after saving; the same commands go on" in error
+    for number, (code, error) in enumerate(finish(start_two(tmp_path / "cut"))):
+        assert code == 0, error[-3000:]
+        assert number or f"resuming {tmp_path / 'cut'} at {saved}" in error, error[-3000:]
+    for name in ("metrics.csv", "predictions_test.csv"):
+        assert (tmp_path / "cut" / name).read_text() == (trained / "two" / name).read_text()
+
+
+@pytest.mark.slow
 def test_checkpoints_go_from_two_processes_to_one_and_back(trained):
     """Two epochs by two processes, a third by one process on one device, a fourth by two."""
     ((code, error),) = finish([start(trained / "two", 1, "--num_epochs=3")])

@@ -175,11 +175,10 @@ def test_gradient_with_respect_to_the_attention_is_orthogonal_to_it(dtype, seed)
         features, logits, features64, logits64 = draw(seed, 1.0, dtype)  # where 1 - W keeps its digits
         attention = jax.nn.sigmoid(pooling.at_least_float32(logits))
         gradient = by_attention(attention, features)
-        p = softmax(log_expit(logits64[..., 0]), axis=(1, 2))
-        offset = features64[..., 0] - reference_gwap(features64, logits64)[:, None, None, 0]
-        expected = p * offset / expit(logits64[..., 0])
-        tolerance = TOLERANCE[dtype] if dtype == "float64" else {"rtol": 1e-4, "atol": 1e-6}  # z from W: two more steps
-        np.testing.assert_allclose(gradient[..., 0], expected, **tolerance)
+        w = np.asarray(attention, np.float64)[..., 0]  # W as it was rounded
+        p = w / w.sum((1, 2), keepdims=True)
+        offset = features64[..., 0] - np.sum(p * features64[..., 0], axis=(1, 2), keepdims=True)
+        np.testing.assert_allclose(gradient[..., 0], p * offset / w, **TOLERANCE[dtype])
         np.testing.assert_allclose(jnp.sum(attention * gradient, axis=(1, 2)), 0, atol=TOLERANCE[dtype]["atol"])
 
 
@@ -257,36 +256,52 @@ def test_feature_poolings_run_from_gap_to_gmp(seed):
     np.testing.assert_allclose(COMPILED["topk"](features, fraction=0.15), largest_three, rtol=1e-5)
 
 
+lse, gem = jax.jit(POOLINGS["lse"]), jax.jit(POOLINGS["gem"])
+
+
+@DTYPES
 @few
 @given(seeds)
-def test_formulas_of_lse_and_gem(seed):
+def test_formulas_of_lse_and_gem(dtype, seed):
     with jax.enable_x64(True):
-        features, _, x, _ = draw(seed)
-        pooled, p = jax.jit(POOLINGS["lse"])(features)
-        np.testing.assert_allclose(pooled, logsumexp(10 * x, axis=(1, 2), b=1 / (H * W)) / 10, rtol=1e-12, atol=1e-12)
-        np.testing.assert_allclose(p, softmax(10 * x, axis=(1, 2)), rtol=1e-11)
-        divergence = np.sum(p * np.log(p * H * W), axis=(1, 2))
-        np.testing.assert_allclose(pooled, np.sum(p * x, axis=(1, 2)) - divergence / 10, rtol=1e-11, atol=1e-12)
-        pooled, p = jax.jit(POOLINGS["gem"])(jnp.abs(features))
-        np.testing.assert_allclose(pooled, np.mean(np.abs(x) ** 3, axis=(1, 2)) ** (1 / 3), rtol=1e-9)
-        np.testing.assert_allclose(np.sum(p * np.abs(x), axis=(1, 2)), pooled, rtol=1e-9)
-        assert (p >= 0).all() and (np.sum(p, axis=(1, 2)) <= 1 + 1e-12).all()
+        features, _, x, _ = draw(seed, dtype=dtype)
+        tolerance = TOLERANCE[dtype]
+        pooled, p = lse(features)
+        np.testing.assert_allclose(pooled, logsumexp(10 * x, axis=(1, 2), b=1 / (H * W)) / 10, **tolerance)
+        np.testing.assert_allclose(p, softmax(10 * x, axis=(1, 2)), **tolerance)
+        q = softmax(10 * x, axis=(1, 2))
+        divergence = np.sum(q * np.log(q * H * W), axis=(1, 2))
+        np.testing.assert_allclose(pooled, np.sum(q * x, axis=(1, 2)) - divergence / 10, **tolerance)
+        pooled, p = gem(jnp.abs(features))
+        x = np.maximum(np.abs(x), 1e-6)
+        expected = np.mean(x**3, axis=(1, 2)) ** (1 / 3)
+        np.testing.assert_allclose(pooled, expected, **tolerance)
+        np.testing.assert_allclose(p, x**2 / (H * W * expected[:, None, None] ** 2), **tolerance)
+        assert (p >= 0).all() and (np.sum(p, axis=(1, 2)) <= 1 + tolerance["rtol"]).all()
 
 
+@DTYPES
 @few
 @given(seeds)
-def test_learnt_logits_of_gated_attention_and_pcam(seed):
+def test_learnt_logits_of_gated_attention_and_pcam(dtype, seed):
     with jax.enable_x64(True):
         rng = np.random.default_rng(seed)
-        features, _, x, _ = draw(seed)
-        v, u, w, bias = rng.normal(size=(C, 6)), rng.normal(size=(C, 6)), rng.normal(size=(6, 1)), rng.normal(size=1)
-        gated = pooling.gated_attention_logits(features, jnp.asarray(v), jnp.asarray(u), jnp.asarray(w))
-        np.testing.assert_allclose(gated, (np.tanh(x @ v) * expit(x @ u)) @ w, rtol=1e-12, atol=1e-12)
-        logits = pooling.pcam_logits(features, jnp.asarray(v[:, :1]), jnp.asarray(bias))
-        pooled, p = POOLINGS["pcam"](features, logits)
-        image_logit = np.asarray(pooled) @ v[:, :1] + bias
-        np.testing.assert_allclose(image_logit, np.sum(p * logits, axis=(1, 2)), rtol=1e-11, atol=1e-11)
-        assert (image_logit >= np.mean(logits, axis=(1, 2)) - 1e-12).all()  # the pool leans towards its own evidence
+        features, _, x, _ = draw(seed, dtype=dtype)
+        wide = jnp.promote_types(dtype, jnp.float32)  # of the parameters
+        sizes = ((C, 6), (C, 6), (6, 1), (1,))
+        parameters = [jnp.asarray(rng.normal(scale=0.3, size=size), wide) for size in sizes]
+        v, u, w, bias = (np.asarray(parameter, np.float64) for parameter in parameters)
+        gated = pooling.gated_attention_logits(features, *parameters[:3])
+        np.testing.assert_allclose(gated, (np.tanh(x @ v) * expit(x @ u)) @ w, **TOLERANCE[dtype])
+        logits = pooling.pcam_logits(features, parameters[0][:, :1], parameters[3])
+        expected = x @ v[:, :1] + bias
+        np.testing.assert_allclose(logits, expected, **TOLERANCE[dtype])
+        pooled, _ = POOLINGS["pcam"](features, logits)
+        image_logit = np.asarray(pooled, np.float64) @ v[:, :1] + bias
+        p = softmax(log_expit(expected), axis=(1, 2))
+        np.testing.assert_allclose(image_logit, np.sum(p * expected, axis=(1, 2)), **TOLERANCE[dtype])
+        leaning = image_logit - np.mean(expected, axis=(1, 2))  # the pool leans towards its own evidence
+        assert (leaning >= -TOLERANCE[dtype]["atol"]).all()
 
 
 @DTYPES

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cxa_jax.pooling import FEATURES_ONLY, NOT_AVERAGES, POOLINGS
+from cxa_jax.pooling import FEATURES_ONLY, NOT_AVERAGES, POOLINGS, pool, pool_channels, pooling_weights
 
 B, H, W, C = 2, 4, 5, 3
 EVERY_POOLING = pytest.mark.parametrize("name", sorted(POOLINGS))
@@ -144,6 +144,24 @@ def test_pooling_is_a_weighted_average(name, seed):
         assert (p >= 0).all()
         np.testing.assert_allclose(jnp.sum(p, axis=(1, 2)), 1, rtol=1e-5)
         np.testing.assert_allclose(pooled, np.sum(p * features, axis=(1, 2)), rtol=1e-5, atol=1e-6)
+
+
+@EVERY_POOLING
+@EVERY_TYPE
+@few
+@given(seed=seeds)
+def test_a_pooling_is_its_weights_and_then_an_average_with_them(name, dtype, seed):
+    with jax.enable_x64(True):
+        features, logits = draw(seed, dtype=dtype)
+        features, mask = jnp.abs(features), make_mask(seed)  # the domain of gem
+        logits = None if name in FEATURES_ONLY else logits
+        pooled, p = POOLINGS[name](features, logits, mask=mask)
+        weights = pooling_weights(name, features, logits, mask=mask)
+        np.testing.assert_array_equal(weights, p)
+        if name != "lse":
+            np.testing.assert_allclose(pool_channels(features, weights), pooled, **TOLERANCE[dtype])
+        if weights.shape[-1] == 1:
+            np.testing.assert_allclose(pool(features, weights), pooled, **TOLERANCE[dtype])
 
 
 @EVERY_POOLING

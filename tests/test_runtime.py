@@ -11,10 +11,11 @@ from cxa_jax.errors import UserError
 
 PROGRAM = """
 import json
+import os
 from cxa_jax.runtime import set_up_runtime
 set_up_runtime()
 import jax
-print(json.dumps([len(jax.devices()), jax.config.jax_compilation_cache_dir]))
+print(json.dumps([len(jax.devices()), jax.config.jax_compilation_cache_dir, os.environ["XLA_FLAGS"]]))
 """
 
 
@@ -35,7 +36,7 @@ def start(**variables):
 
 def test_two_cores_make_two_devices_and_programs_are_kept():
     expected = min(2, len(os.sched_getaffinity(0)))
-    assert start(HOME="/nowhere") == [expected, "/nowhere/.cache/cxa_jax/xla"]
+    assert start(HOME="/nowhere") == [expected, "/nowhere/.cache/cxa_jax/xla", runtime.COMPILER_FLAGS]
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,14 @@ def test_two_cores_make_two_devices_and_programs_are_kept():
     ids=["JAX_NUM_CPU_DEVICES", "XLA_FLAGS"],
 )
 def test_the_environment_goes_before(variables, devices):
-    assert start(JAX_COMPILATION_CACHE_DIR="/elsewhere", **variables) == [devices, "/elsewhere"]
+    num_devices, cache, flags = start(JAX_COMPILATION_CACHE_DIR="/elsewhere", **variables)
+    assert (num_devices, cache) == (devices, "/elsewhere")
+    assert flags == f"{variables.get('XLA_FLAGS', '')} {runtime.COMPILER_FLAGS}".strip()
+
+
+def test_own_compiler_flags_are_left_alone():
+    own = "--xla_backend_extra_options=xla_cpu_optimize_for_size"
+    assert start(XLA_FLAGS=own)[2] == own
 
 
 def test_bfloat16_is_refused_where_it_would_crawl(monkeypatch):

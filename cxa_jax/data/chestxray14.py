@@ -23,14 +23,13 @@ from cxa_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-OTHER_FINDINGS = "with only other findings"  # their number in a split's provenance
+_SHAPING = ("image_size", "dev_split", "dev_fraction", "split_seed", "other_findings")
 _SHARD_BYTES = 128 << 20  # of pixels; a shard's records are held in memory while it is written
 _DESCRIPTION = """\
-NIH ChestX-ray14 (112,120 frontal X-rays of 30,805 patients), reduced to the images with Cardiomegaly (label 1) and
-those with exactly 'No Finding' (label 0); other images are in it where its name ends in "other_findings" (label 0).
-Official patient-wise lists; dev is drawn from the training list. The labels
-were mined from radiology reports, with an accuracy above 90 % by the authors' own estimate; the boxes were drawn by a
-radiologist on test images only. Provider: NIH Clinical Center, https://nihcc.app.box.com/v/ChestXray-NIHCC
+NIH ChestX-ray14 (112,120 frontal X-rays of 30,805 patients): images with Cardiomegaly (label 1) and those with exactly
+'No Finding' (label 0; all others too if the name says so). Official patient-wise lists; dev is drawn from the training
+list. Labels were mined from radiology reports, with an accuracy above 90 % by the authors' own estimate; a radiologist
+drew boxes on test images only. Provider: NIH Clinical Center, https://nihcc.app.box.com/v/ChestXray-NIHCC
 """
 _CITATION = """\
 Wang, Peng, Lu, Lu, Bagheri, Summers: ChestX-ray8: Hospital-scale Chest X-ray Database and Benchmarks on
@@ -239,8 +238,7 @@ def select_images(config: ChestXray14Config, manual_dir: str) -> Selection:
 def _create_config(data_config: ConfigDict) -> ChestXray14Config:
     if data_config.image_size < 1:
         raise UserError(f"config.data.image_size={data_config.image_size}: must be at least 1 px")
-    fields = ("image_size", "dev_split", "dev_fraction", "split_seed", "other_findings")
-    shaping = {name: data_config[name] for name in fields}
+    shaping = {name: data_config[name] for name in _SHAPING}
     name = "{image_size}px_{dev_split}_dev{dev_fraction:g}_seed{split_seed}".format(**shaping)
     name += "_other_findings" * data_config.other_findings
     making = {name: data_config[name] for name in ("allow_missing", "num_workers", "manual_dir")}
@@ -265,11 +263,9 @@ def _split(rows: list[nih_metadata.Row], config: ChestXray14Config) -> dict[str,
 
 
 def _summarize(rows: list[nih_metadata.Row]) -> dict[str, int]:
-    positives = sum(row.label for row in rows)
-    patients = len({row.patient for row in rows})
+    positives, patients = sum(row.label for row in rows), len({row.patient for row in rows})
     counts = {"images": len(rows), "positives": positives, "negatives": len(rows) - positives, "patients": patients}
-    others = sum(nih_metadata.label_of(row.findings) is None for row in rows)
-    return counts | ({OTHER_FINDINGS: others} if others else {})
+    return counts | {"other_findings": sum(nih_metadata.label_of(row.findings) is None for row in rows)}
 
 
 def _check_missing(missing: list[str], total: int, manual_dir: str, allow_missing: bool) -> None:

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from cxa_jax.atomic_files import replace_when_written
 from cxa_jax.console import progress_bar
 from cxa_jax.data import chest_phantom, chestxray14, image_folder
+from cxa_jax.data.nih_description import describe_lack, describe_nih
 from cxa_jax.data.records import decode
 from cxa_jax.errors import UserError
 
@@ -36,19 +37,6 @@ SPLITS = ("train", "dev", "test")
 INDEX_FIELDS = ("id", "patient", "label", "view", "sex", "age", "findings")
 INDEX_FILE = "index.npz"
 PHANTOM = "Chest phantoms: procedural drawings, not X-rays of patients"
-PREPARE_COMMAND = (
-    "python launch.py --mode=prepare --config=configs/dense121.py "
-    "--config.data.manual_dir=/path/to/ChestX-ray14 --config.data.image_size={image_size}"
-)
-
-# Fields that choose a prepared set, as the command above has them; others are added to it.
-PREPARE_DEFAULTS = {
-    "data_dir": "data",
-    "dev_split": "image",
-    "dev_fraction": 0.1,
-    "split_seed": 0,
-    "other_findings": False,
-}
 
 
 class RecordSource:
@@ -146,15 +134,15 @@ def load_dataset(data_config: ConfigDict) -> Dataset:
         case "chestxray14":
             builder = chestxray14.find_prepared(data_config)
             if builder is None:
-                raise UserError(_not_prepared(data_config))
-            return _open(builder, "chestxray14", _describe_nih(builder))
+                raise UserError(describe_lack(data_config))
+            return _open(builder, "chestxray14", describe_nih(builder))
         case "chest_phantom":
             return _open_phantom(data_config, PHANTOM)
         case "auto":
             builder = chestxray14.find_prepared(data_config)
             if builder is not None:
-                return _open(builder, "chestxray14", _describe_nih(builder))
-            reason = _not_prepared(data_config)
+                return _open(builder, "chestxray14", describe_nih(builder))
+            reason = describe_lack(data_config)
             log.info("Using the chest phantom, which is drawn, instead of X-rays of patients. %s", reason)
             return _open_phantom(data_config, f"{PHANTOM}. {reason}")
         case "image_folder":
@@ -276,28 +264,6 @@ def _save_index(path: pathlib.Path, index: dict[str, np.ndarray]) -> None:
             np.savez_compressed(file, **index)
     except PermissionError as error:
         log.warning("The index is computed at every start, since it cannot be kept beside the records: %s", error)
-
-
-def _describe_nih(builder: chestxray14.ChestXray14) -> str:
-    provenance = chestxray14.load_provenance(builder)
-    missing = provenance["missing_images"]
-    text = "NIH ChestX-ray14" + (f", a part of it: {missing:,} images are missing" if missing else "")
-    others = sum(split.get(chestxray14.OTHER_FINDINGS, 0) for split in provenance["splits"].values())
-    return text + (f"; {others:,} negatives have other findings, which is not the paper's task" if others else "")
-
-
-def _not_prepared(data_config: ConfigDict) -> str:
-    prepared = ", ".join(chestxray14.list_prepared(data_config)) or "nothing"
-    command = PREPARE_COMMAND.format(image_size=data_config.image_size)
-    command += "".join(
-        f" --config.data.{field}={data_config[field]}"
-        for field, default in PREPARE_DEFAULTS.items()
-        if data_config[field] != default
-    )
-    return (
-        f"No ChestX-ray14 of {data_config.image_size} px with this dev split is prepared in '{data_config.data_dir}' "
-        f"(prepared there: {prepared}). To prepare it: {command}"
-    )
 
 
 def _damaged(folder: pathlib.Path, reason: str) -> UserError:
