@@ -69,20 +69,25 @@ def read_grey(path: str | os.PathLike) -> tuple[np.ndarray, str, tuple[str, ...]
       Pixels uint8 [H, W], the file's mode, and notes: what is odd about it (colour, EXIF orientation, several
       frames, DICOM tags).
     """
+    image, mode, notes = _read_grey_image(path)
+    return np.asarray(image), mode, notes
+
+
+def _read_grey_image(path: str | os.PathLike) -> tuple[Image.Image, str, tuple[str, ...]]:
     if is_dicom(path):
         from cxa_jax.data import dicom  # here: workers that see no DICOM do without pydicom
 
         pixels, mode, notes = dicom.read_dicom(path)
         if pixels.ndim == 3:
-            return dicom.to_luminance(pixels), mode, _note_colour(pixels) + notes
-        return pixels, mode, notes
+            return Image.fromarray(dicom.to_luminance(pixels)), mode, _note_colour(pixels) + notes
+        return Image.fromarray(pixels), mode, notes
     with _open_image(path) as image:
         image.load()
-        pixels, mode = _to_grey(image), image.mode
+        grey, mode = _to_grey(image), image.mode
         notes = () if mode in _GREY_MODES else _note_colour(np.asarray(_without_palette(image).convert("RGB")))
         notes += _note_orientation(image)
         num_frames = getattr(image, "n_frames", 1)  # formats of one frame have no such attribute
-        return pixels, mode, notes if num_frames == 1 else (*notes, f"the first of {num_frames} frames")
+        return grey, mode, notes if num_frames == 1 else (*notes, f"the first of {num_frames} frames")
 
 
 def is_dicom(path: str | os.PathLike) -> bool:
@@ -111,16 +116,18 @@ def resize_square(pixels: np.ndarray, size: int) -> np.ndarray:
     Returns:
       uint8 [S, S]; the input itself where it already has that shape.
     """
-    if pixels.shape == (size, size):
-        return pixels
-    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))
+    return pixels if pixels.shape == (size, size) else _resize(Image.fromarray(pixels), size)
+
+
+def _resize(image: Image.Image, size: int) -> np.ndarray:
+    # a size that fits is a copy to Pillow
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def load_grey(path: str | os.PathLike, size: int) -> GreyImage:
     """Read one file as grey [size, size], with its own mode and size; raises as `decode_grey`."""
-    pixels, mode, notes = read_grey(path)
-    height, width = pixels.shape
-    return GreyImage(resize_square(pixels, size), mode, width, height, notes)
+    image, mode, notes = _read_grey_image(path)
+    return GreyImage(_resize(image, size), mode, *image.size, notes)
 
 
 def convert_images(paths: Sequence[pathlib.Path], size: int, num_workers: int) -> Iterator[GreyImage]:
@@ -171,12 +178,12 @@ def _open_image(path: str | os.PathLike) -> Iterator[Image.Image]:
         raise UserError(f"{os.fspath(path)}: cannot be read as an image ({error})") from error
 
 
-def _to_grey(image: Image.Image) -> np.ndarray:
+def _to_grey(image: Image.Image) -> Image.Image:
     if image.mode in _SIXTEEN_BIT_MODES:
-        return _narrow(np.asarray(image))
+        return Image.fromarray(_narrow(np.asarray(image)))
     if image.mode == "F":
         raise ValueError("floating point pixels have no known range")
-    return np.asarray(_without_palette(image).convert("L"))
+    return _without_palette(image).convert("L")
 
 
 def _without_palette(image: Image.Image) -> Image.Image:
@@ -185,8 +192,8 @@ def _without_palette(image: Image.Image) -> Image.Image:
 
 
 def _note_colour(rgb: np.ndarray) -> tuple[str, ...]:
-    spread = rgb.max(axis=2).astype(np.int16) - rgb.min(axis=2)
-    share = float(np.mean(spread > _COLOUR_LEVELS))
+    channels = np.moveaxis(rgb, 2, 0).copy()  # one after another: ten times as fast as pixel by pixel
+    share = float(np.mean(channels.max(axis=0) - channels.min(axis=0) > _COLOUR_LEVELS))
     return (f"colour in {share:.0%} of the pixels, read as luminance",) if share > _COLOUR_SHARE else ()
 
 

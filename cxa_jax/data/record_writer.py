@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterable
 
 import tensorflow_datasets as tfds
+from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
 from cxa_jax.errors import UserError
@@ -17,12 +18,22 @@ from cxa_jax.file_lock import lock_file
 log = logging.getLogger(__name__)
 
 
+# A record is read alone, so each is a group of its own. X-rays shrink by a tenth, and would take three times as long to
+# read and ten times as long to write.
+_OPTIONS = "group_size:1,uncompressed"
+
+
 class RepeatableWriter(tfds.core.ExampleWriter):
-    """Writes records with their fields in a fixed order; protobuf's own order differs from process to process."""
+    """Writes array records with their fields in a fixed order; protobuf's own differs from process to process."""
 
     def write(self, path: str | os.PathLike, examples: Iterable[tuple[str, bytes]]) -> None:
         """Write (key, serialized example) pairs to one file."""
-        return super().write(path, ((key, _order_fields(record)) for key, record in examples))
+        writer = array_record_module.ArrayRecordWriter(os.fspath(path), _OPTIONS)
+        try:
+            for _, record in examples:
+                writer.write(_order_fields(record))
+        finally:
+            writer.close()
 
 
 def _order_fields(record: bytes) -> bytes:
