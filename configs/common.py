@@ -189,7 +189,7 @@ def _gap(config: ConfigDict) -> None:
 
 
 def _gap_mlp(config: ConfigDict) -> None:
-    """GAP under AMM's own head: the fair ablation (A21); AMM's batch norm still differs, see model.attended."""
+    """GAP under AMM's own head (A21); AMM's batch norm still differs: configs/ablation.py gives it to both."""
     config.model.pooling = "gap"
 
 

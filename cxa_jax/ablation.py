@@ -128,7 +128,7 @@ def make_members(
     """Return the runs, seed by seed: all poolings of one seed first, so that a cut ablation is a smaller one.
 
     PCAM shares a linear head with its map and gets one; all others have the head of the config. GeM takes positive
-    features alone, so it is left out where the others read BN(F).
+    features alone, so it reads F where the others read BN(F).
     """
     members = []
     for seed in seeds:

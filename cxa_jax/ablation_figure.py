@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from cxa_jax.ablation_table import METRICS, TITLES
+from cxa_jax.ablation_table import METRICS, TITLES, title_rows
 from cxa_jax.figures import save_figure
 
 CONTROL_STYLES = {"random_map": ":", "image_centre": "--", "median_box": "-."}
@@ -35,7 +35,8 @@ def save_ablation_figure(report: dict[str, Any], path: pathlib.Path) -> None:
             ratio = step["ratio"]
             _draw_interval(panels[-1], place, ratio | {"per_seed": []}, COLOURS.get(name, "tab:gray"))
             panels[-1].set_xlabel(f"step time / {ratio['to']} (rounds resampled)")
-    panels[0].set_yticks(range(len(names)), [_label(report, name) for name in names])
+    titles = title_rows(report["poolings"])
+    panels[0].set_yticks(range(len(names)), [titles[name] for name in names])
     panels[0].set_ylim(-0.6, len(names) - 0.4)
     for axes in panels:
         low, high = axes.get_xlim()
@@ -47,11 +48,6 @@ def save_ablation_figure(report: dict[str, Any], path: pathlib.Path) -> None:
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=9)
     for suffix in (".png", ".pdf"):
         save_figure(figure, path.with_suffix(suffix))
-
-
-def _label(report: dict[str, Any], name: str) -> str:
-    head = report["poolings"][name]["head"]
-    return name if head == "mlp" else f"{name} ({head} head)"
 
 
 def _draw_interval(axes, place: int, value: dict[str, Any] | None, colour: str) -> None:

@@ -69,6 +69,7 @@ def compute_table(
         "poolings": {
             name: {
                 "head": scores[name, seeds[name][0]][1]["config"]["model.head"],
+                "attended": scores[name, seeds[name][0]][1]["config"]["model.attended"],
                 "seeds": seeds[name],
                 "best_epochs": [scores[name, one][1]["best_epoch"] for one in seeds[name]],
                 "wall_s": [scores[name, one][1]["wall_s"] for one in seeds[name]],
@@ -168,18 +169,29 @@ def format_table(report: dict[str, Any]) -> str:
     ]
     if "gap" in report["differences"] and "amm" in poolings:
         same = poolings["amm"]["head"] == poolings["gap"]["head"]
-        pooled = POOLED[report["config"]["model.attended"]]
+        pooled = POOLED[poolings["gap"]["attended"]]
         lines += [f"AMM minus GAP ({'the same ' if same else 'another '}{poolings['gap']['head']} head; {pooled}):", ""]
         lines += _format_rows({"amm - gap": report["differences"]["gap"]["amm"]}) + [""]
-    heads = {name: name + ("" if p["head"] == "mlp" else f" ({p['head']} head)") for name, p in poolings.items()}
-    values = {heads[name]: pooling["metrics"] for name, pooling in poolings.items()}
-    steps = {heads[name]: _format_step(pooling["step_time"]) for name, pooling in poolings.items()}
+    titles = title_rows(poolings)
+    values = {titles[name]: pooling["metrics"] for name, pooling in poolings.items()}
+    steps = {titles[name]: _format_step(pooling["step_time"]) for name, pooling in poolings.items()}
     controls = {f"control: {name.replace('_', ' ')}": metrics for name, metrics in report["controls"].items()}
     lines += _format_rows(values | controls, steps) + [""]
     for reference, differences in report["differences"].items():
         lines += [f"Difference to {reference}:", ""]
-        lines += _format_rows({f"{heads[name]} - {reference}": row for name, row in differences.items()}) + [""]
+        lines += _format_rows({f"{titles[name]} - {reference}": row for name, row in differences.items()}) + [""]
     return "\n".join(lines)
+
+
+def title_rows(poolings: dict[str, Any]) -> dict[str, str]:
+    """Return each pooling's name with what sets it apart besides the pooling."""
+    usual = next((poolings[name] for name in ("gap", "amm") if name in poolings), next(iter(poolings.values())))
+    titles = {}
+    for name, own in poolings.items():
+        apart = [] if own["head"] == "mlp" else [f"{own['head']} head"]
+        apart += [] if own["attended"] == usual["attended"] else ["reads F"]
+        titles[name] = f"{name} ({', '.join(apart)})" if apart else name
+    return titles
 
 
 def _format_rows(rows: dict[str, dict[str, Any]], steps: dict[str, str] | None = None) -> list[str]:

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cxa_jax.console import be_quiet
 from cxa_jax.errors import UserError
-from cxa_jax.interruption import RESUMABLE, Interrupted, check, is_asked
+from cxa_jax.interruption import RESUMABLE, Interrupted, check, held_back, is_asked
 
 HEARTBEAT_TIMEOUT_S = 60  # a process that is silent for so long is taken for dead
 START_TIMEOUT_S = 300
@@ -35,11 +35,12 @@ _numbers = itertools.count()  # of barriers: no two share a name
 _ENDED, _STOP = "cxa_jax/ended", "cxa_jax/stop"
 # A process may be one step ahead of another: it waits for the metrics of the step before, which take all of them.
 _STEPS_AHEAD = 2
+RUNTIME_ERRORS = (jax.errors.JaxRuntimeError, ValueError)  # on its way through a callback it becomes the latter
 SIGNS_OF_LOSS = ("Gloo", "NCCL", "Barrier failed", "heartbeat", "coordination service", "UNAVAILABLE", "closed by peer")
 
 
 class AllStop(Interrupted):
-    """All processes of this run end here together, and the state is saved."""
+    """All processes of this run end here together, and what they had is saved."""
 
 
 @contextlib.contextmanager
@@ -74,14 +75,15 @@ def joined(coordinator: str, num_processes: int, process_id: int, auto: bool, mo
     except (UserError, OSError) as error:
         _leave(f"error: {error}")
     except AllStop as notice:
-        sys.stderr.write(f"stopped by {notice} after saving; the same commands go on\n")
-        _take_leave(watcher)
-        _leave(RESUMABLE)
+        with held_back():  # the same notice may reach a process while it waits for the others
+            sys.stderr.write(f"stopped by {notice}, all together; the same commands go on\n")
+            _take_leave(watcher)
+            _leave(RESUMABLE)
     except Interrupted as notice:
         sys.stderr.write(f"stopped by {notice}; the same commands go on from the last checkpoint\n")
         _leave(RESUMABLE)
     except BaseException as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in SIGNS_OF_LOSS):
+        if isinstance(error, RUNTIME_ERRORS) and any(sign in str(error) for sign in SIGNS_OF_LOSS):
             _leave(f"error: {LOST}\n  ({str(error).splitlines()[0][:200]})")
         sys.excepthook(*sys.exc_info())
         _leave(1)
@@ -102,8 +104,8 @@ def barrier(name: str, timeout_s: int = START_TIMEOUT_S) -> None:
 def is_stop_due(step: int) -> bool:
     """Tell whether to save and end after a training step, because a signal has reached this process or another.
 
-    All processes of a run get True at the same step, the second one after the signal: the first that is asked writes
-    that step down where all look after each of theirs.
+    All processes of a run get True at the same step, the second after the one at whose end the first of them saw its
+    signal: it writes that step down where all look after each of theirs.
 
     Args:
       step: of the whole training, the same for all processes.
@@ -116,8 +118,29 @@ def is_stop_due(step: int) -> bool:
     return agreed is not None and step >= agreed
 
 
+@contextlib.contextmanager
+def stopping_together() -> Iterator[None]:
+    """Hold signals back where several processes work together: the body asks by `is_stop_due` and `agree_to_stop`.
+
+    Raises:
+      AllStop: at the end, if a signal came after the body last asked.
+    """
+    if not jax.distributed.is_initialized():
+        yield
+        return
+    with held_back():
+        yield
+        stop_if_agreed()
+
+
+def stop_if_agreed() -> None:
+    """End as `stop` does where `agree_to_stop` says so."""
+    if agree_to_stop():
+        stop()
+
+
 def agree_to_stop() -> bool:
-    """Tell, between two epochs, whether to save and end; several processes wait for each other and hear the same."""
+    """Tell, between steps, whether to save and end; several processes wait for each other and hear the same."""
     if not jax.distributed.is_initialized():
         return is_asked()
     if is_asked():

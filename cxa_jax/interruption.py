@@ -47,13 +47,14 @@ def check() -> None:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Raise nothing by itself inside; the body asks by `is_asked` or `check`. At its end, `check`."""
+    """Raise nothing by itself inside; the body asks by `is_asked` or `check`. At the outermost one's end, `check`."""
     _notice.num_holders += 1
     try:
         yield
     finally:
         _notice.num_holders -= 1
-    check()
+    if not _notice.num_holders:
+        check()
 
 
 @contextlib.contextmanager

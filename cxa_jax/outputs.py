@@ -12,7 +12,7 @@ from cxa_jax.array_types import PyTree
 from cxa_jax.checkpointing import Checkpoints, read_first
 from cxa_jax.classification import FIXED_THRESHOLD
 from cxa_jax.data.input_statistics import compute_input_statistics, save_input_statistics
-from cxa_jax.distributed import writable
+from cxa_jax.distributed import stop_if_agreed, stopping_together, writable
 from cxa_jax.errors import UserError
 from cxa_jax.evaluate import Predictions, evaluate_split
 from cxa_jax.finding_metrics import write_findings
@@ -77,6 +77,7 @@ def _evaluate(config: ConfigDict, folder: pathlib.Path, output: pathlib.Path) ->
     return write_outputs(run, folder, output)
 
 
+@stopping_together()
 def write_outputs(run: Run, folder: pathlib.Path, output: pathlib.Path) -> dict[str, Any]:
     """Restore the best state of `folder`, predict dev and test, and write every number and picture to `output`."""
     variables, meta = restore_best(run, folder)
@@ -166,6 +167,7 @@ def restore_best(run: Run, folder: pathlib.Path) -> tuple[dict[str, PyTree], dic
 
 def predict_split(run: Run, variables: dict[str, PyTree], name: str, output: pathlib.Path) -> Predictions:
     """Predict a split and write predictions_NAME.csv: one row for each image."""
+    stop_if_agreed()
     split = run.dataset.splits[name]
     predictions = evaluate_split(
         run.eval_step,

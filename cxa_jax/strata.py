@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 AGE_BANDS = ((0, 18), (18, 40), (40, 60), (60, 80), (80, 150))  # years, [low, high)
+NO_FINDINGS = ("no finding", "", "nan")  # the last is what an empty cell becomes in other programs
 MIN_PATIENTS = 10  # of each class: below, an interval says nothing and no number is given
 
 
@@ -48,7 +49,7 @@ def find_strata(labels: ArrayLike, attributes: Mapping[str, np.ndarray]) -> list
         alone = np.array([value == "cardiomegaly" for value in findings])
         strata.append(Stratum("positives", "cardiomegaly alone", alone | (labels == 0)))
         strata.append(Stratum("positives", "with other findings", ~alone | (labels == 0)))
-        others = np.array([value not in ("no finding", "") and "cardiomegaly" not in value for value in findings])
+        others = np.array([value not in NO_FINDINGS and "cardiomegaly" not in value for value in findings])
         if others[labels == 0].any():
             strata.append(Stratum("negatives", "no finding", ~others | (labels == 1)))
             strata.append(Stratum("negatives", "other findings", others | (labels == 1)))

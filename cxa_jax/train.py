@@ -60,7 +60,7 @@ def train_and_evaluate(config: Any, workdir: str) -> dict[str, Any]:
         log_to_file(output)
         run = create_run(config)
         log_run(run)
-        with naming_exhaustion(*_describe_memory(config.train)):
+        with naming_exhaustion(*_describe_memory(config.train)), distributed.stopping_together():
             train(run, folder, output)
         return write_outputs(run, folder, output)
 
@@ -85,8 +85,7 @@ def train(run: Run, folder: pathlib.Path, output: pathlib.Path) -> None:
             while progress.epoch < run.config.train.num_epochs and not progress.early_stop.stop:
                 state, progress = train_epoch(run, state, progress, iterator, latest)
                 try:
-                    if distributed.agree_to_stop():
-                        distributed.stop()
+                    distributed.stop_if_agreed()
                     progress = end_epoch(run, state, progress)
                 except interruption.Interrupted:  # here or on the dev split: the epoch's steps are not lost
                     latest.save(state, make_meta(run, progress, iterator))
@@ -96,6 +95,7 @@ def train(run: Run, folder: pathlib.Path, output: pathlib.Path) -> None:
                     best.wait()  # the best is on disk before a newer latest can point to it
                 writer.write(progress.history)  # first: a cut between the two writes the same row again
                 latest.save(state, make_meta(run, progress, iterator))
+                distributed.stop_if_agreed()
 
 
 def start_or_resume(

@@ -2,7 +2,7 @@
 JAX_ENABLE_X64=1.
 
 With --images=FILE it writes there which images of batches this process read, a line each: SPLIT ROW. With
---signal=training:N it sends itself SIGTERM before its step N, with --signal=dev:N before the dev split of epoch N.
+--signal=PLACE:N it sends itself SIGTERM when it gets to one of PLACES for the N-th time.
 """
 
 import argparse
@@ -11,12 +11,13 @@ import os
 import pathlib
 import signal
 import sys
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import tiny
 
-from cxa_jax import figures, train
+from cxa_jax import figures, outputs, train
 from cxa_jax import run as run_module
 from cxa_jax.console import command_exits, log_to_console
 from cxa_jax.data import pipeline
@@ -24,6 +25,15 @@ from cxa_jax.data.datasets import Split
 from cxa_jax.distributed import joined
 from cxa_jax.models.cxa import CardioXAttentionNet
 from cxa_jax.train_state import create_train_state, init_train_state
+
+PLACES = {
+    "start": (train, "check_same_run"),
+    "training": (train, "put_batch"),
+    "dev": (train, "evaluate_split"),
+    "best": (train, "make_meta"),  # of the best state, then of the latest
+    "predict": (outputs, "evaluate_split"),  # dev, then test
+    "metrics": (outputs, "compute_run_metrics"),
+}
 
 
 def compute_in_double() -> None:
@@ -42,16 +52,16 @@ def compute_in_double() -> None:
     run_module.create_train_state, run_module.init_train_state = map(doubled, (create_train_state, init_train_state))
 
 
-def signal_itself(name: str, number: int) -> None:
+def signal_itself(module: ModuleType, name: str, number: int) -> None:
     """Send SIGTERM at the number-th call of a function that training calls."""
-    function, calls = getattr(train, name), itertools.count(1)
+    function, calls = getattr(module, name), itertools.count(1)
 
     def signalling(*args, **kwargs):
         if next(calls) == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return function(*args, **kwargs)
 
-    setattr(train, name, signalling)
+    setattr(module, name, signalling)
 
 
 def main() -> None:
@@ -78,7 +88,7 @@ def main() -> None:
     compute_in_double()
     if arguments.signal:
         place, _, number = arguments.signal.partition(":")
-        signal_itself("put_batch" if place == "training" else "evaluate_split", int(number))
+        signal_itself(*PLACES[place], int(number))
     with command_exits(), joined(arguments.coordinator, arguments.num_processes, arguments.process_id, auto=False):
         train.train_and_evaluate(tiny.make_config(**{"train.num_epochs": arguments.num_epochs}), arguments.workdir)
         if arguments.images:

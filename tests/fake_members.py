@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-SKILL = {"amm": 2.0, "gap": 1.0, "gmp": 0.0}  # how far the positives' logits lie above the negatives'
+SKILL = {"amm": 2.0, "gap": 1.0}  # how far the positives' logits lie above the negatives'; others: not
 NUM_IMAGES = 60
 
 
@@ -35,12 +35,12 @@ def train(config, workdir):
         "id": np.array([f"image{i}" for i in range(NUM_IMAGES)]),
         "patient": np.array([f"patient{i // 2}" for i in range(NUM_IMAGES)]),
         "label": label,
-        "logit": SKILL[config.model.pooling] * label + rng.normal(size=NUM_IMAGES),
+        "logit": SKILL.get(config.model.pooling, 0.0) * label + rng.normal(size=NUM_IMAGES),
         "boxed_patient": np.array([f"patient{i}" for i in range(NUM_IMAGES // 2)]),
     }
     for name in ("weights", "random_map", "image_centre", "median_box"):
         for metric in ("pointing", "energy_ratio", "mean_iou"):
-            columns[f"{name}/{metric}"] = rng.random(NUM_IMAGES // 2) + SKILL[config.model.pooling]
+            columns[f"{name}/{metric}"] = rng.random(NUM_IMAGES // 2) + SKILL.get(config.model.pooling, 0.0)
     columns["image_centre/energy_ratio"] = np.full(NUM_IMAGES // 2, np.nan)
     facts = {
         "config": flatten_config(config),

@@ -13,7 +13,7 @@ from scipy.stats import bootstrap
 from cxa_jax import ablation
 from cxa_jax import run as run_module
 from cxa_jax.ablation_member import SCORES, load_scores, measure_step_times, train_member
-from cxa_jax.ablation_table import describe_step
+from cxa_jax.ablation_table import describe_step, title_rows
 from cxa_jax.errors import UserError
 from cxa_jax.pooling import POOLINGS
 from cxa_jax.predictions import read_predictions
@@ -91,6 +91,17 @@ def test_step_times_are_compared_within_each_round():
     assert got["estimate"] == pytest.approx(np.median(ratios)) and got["to"] == "gap"
     np.testing.assert_allclose((got["low"], got["high"]), expected.confidence_interval, atol=0.02)
     assert step["p50_s"] == pytest.approx(np.median(ratios * load))
+
+
+def test_a_row_says_what_sets_it_apart_besides_the_pooling(fakes, tmp_path):
+    fields = {"ablation.poolings": "gem,pcam,gap,amm", "ablation.seeds": (0,), "model.attended": "all_normalized"}
+    report = ablation.ablate(make_config(**fields), str(tmp_path))
+    assert title_rows(report["poolings"]) == {
+        "gem": "gem (reads F)", "pcam": "pcam (linear head)", "gap": "gap", "amm": "amm",
+    }  # fmt: skip
+    text = (tmp_path / "ablation.md").read_text()
+    assert "AMM minus GAP (the same mlp head; both pool BN(F))" in text
+    assert "| gem (reads F) |" in text and "| gem (reads F) - gap |" in text
 
 
 def test_runs_differ_in_pooling_and_seed_alone(tmp_path):

@@ -110,15 +110,21 @@ def test_one_process_writes(trained):
     [
         (((), ["--signal=training:9"]), "step 11"),  # that step and two more
         ((["--signal=training:5"], ["--signal=training:6"]), "step 6"),  # at the end of an epoch, to both
-        (((), ["--signal=dev:1"]), "step 9"),  # the dev split is finished, and three steps done
+        (((), ["--signal=start:1"]), "step 3"),
+        (((), ["--signal=dev:1"]), "step 6"),  # the epoch is finished
+        (((), ["--signal=dev:2"]), "step 12"),  # of the last epoch
+        (((), ["--signal=best:2"]), "step 6"),
+        ((["--signal=predict:1"], ()), "step 12"),
+        (((), ["--signal=predict:2"]), "step 12"),
+        (((), ["--signal=metrics:1"]), "step 12"),
     ],
-    ids=["in an epoch", "both at an epoch's end", "on the dev split"],
+    ids=["in an epoch", "both at an epoch's end", "start", "dev", "last dev", "saving", "dev again", "test", "end"],
 )
 def test_a_signal_to_one_saves_and_ends_all(trained, tmp_path, signals, saved):
     """The run then goes on as if nothing had been."""
     for code, error in finish(start_two(tmp_path / "cut", own=signals)):
         assert code == 75, error[-3000:]
-        assert "after saving; the same commands go on" in error
+        assert "all together; the same commands go on" in error
     for number, (code, error) in enumerate(finish(start_two(tmp_path / "cut"))):
         assert code == 0, error[-3000:]
         assert number or f"resuming {tmp_path / 'cut'} at {saved}" in error, error[-3000:]

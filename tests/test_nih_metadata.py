@@ -85,7 +85,9 @@ def test_rows_of_the_task(folder):
 
 
 def test_images_with_only_other_findings_are_negatives_where_asked_for(folder):
+    _edit(folder / LABELS, "Effusion|Mass,0,8,58", "Effusion|Mass,0,8,414")
     metadata = nih_metadata.load_metadata(find_download([folder]), other_findings=True)
+    assert [row.age for row in metadata.rows if row.findings == "Effusion|Mass"] == [-1]
     labels = {row.id: row.label for row in metadata.rows}
     assert sorted(labels) == sorted(IMAGES)
     assert labels == {name: int("Cardiomegaly" in findings) for name, (findings, _, _) in IMAGES.items()}

@@ -16,7 +16,7 @@ def test_positives_alone_and_with_others():
 
 
 def test_negatives_with_findings_are_split_from_those_without():
-    found = _split([1, 0, 0, 0], ["Cardiomegaly|Mass", "No Finding", "Mass", "Edema|Mass"])
+    found = _split([1, 0, 0, 0], ["Cardiomegaly|Mass", "nan", "Mass", "Edema|Mass"])
     assert found["negatives", "no finding"] == [0, 1]
     assert found["negatives", "other findings"] == [0, 2, 3]
 

@@ -38,6 +38,6 @@ def describe_lack(data_config: ConfigDict) -> str:
         if data_config[field] != default
     )
     return (
-        f"No ChestX-ray14 of {data_config.image_size} px with this dev split is prepared in '{data_config.data_dir}' "
+        f"No ChestX-ray14 of {data_config.image_size} px with these options is prepared in '{data_config.data_dir}' "
         f"(prepared there: {prepared}). To prepare it: {command}"
     )

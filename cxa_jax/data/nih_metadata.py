@@ -184,7 +184,8 @@ def _read_boxes(path: pathlib.Path) -> dict[str, list[tuple[float, float, float,
 
 
 def _count(labels: Mapping[str, dict], lists: Mapping[str, set[str]], rows: Iterable[Row]) -> dict[str, int]:
-    per_class = collections.Counter((row.part, row.label) for row in rows if label_of(row.findings) is not None)
+    rows = [row for row in rows if label_of(row.findings) is not None]  # those of the paper's task
+    per_class = collections.Counter((row.part, row.label) for row in rows)
     listed = sum(map(len, lists.values()))
     return {
         "images": len(labels),
