@@ -18,7 +18,9 @@ from cxa_jax.statistics import (
     NUM_RESAMPLES,
     Interval,
     bootstrap_means,
+    bound_calibration_bias,
     count_patients,
+    lower_by_bias,
     make_interval,
     resample_patients,
 )
@@ -92,6 +94,9 @@ def bootstrap_group(
             interval = combine(SeedSamples(each, resampled, units), level, bounds=(0.0, 1.0))
         else:
             interval = INTERVAL_MAKERS.get(name, make_interval)(each[0], mean, level, units)
+        if name == "calibration_error":
+            bias = np.mean([bound_calibration_bias(labels, np.asarray(run), patients) for run in scores])
+            interval = lower_by_bias(interval, float(bias))
         sd = float(each.std(ddof=1)) if len(each) > 1 else math.nan
         group[name] = GroupStatistic(tuple(each.tolist()), sd, interval, mean, units)
     return group

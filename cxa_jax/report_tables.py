@@ -225,8 +225,8 @@ def tabulate_calibration(report: dict[str, Any]) -> Table | None:
                 rows.append([group["name"], run, name, shape, fits["fitted_on"] if "scale" in values else DASH, *cells])
     note = (
         "Measured on test. A fit holds for dev's prevalence; where test's is another, Platt scaling can make it worse. "
-        "Calibration error: 15 bins of equal width; of resamples it is larger than of the images themselves, so that "
-        "its interval lies high."
+        "Calibration error: 15 bins of equal width; noise in the bins makes it too large, and its interval reaches "
+        "down by as much as that can be."
     )
     head = ["model", "run", "scaling", "logit becomes", "fitted on", "calibration error", "Brier", "log loss"]
     return Table("Calibration", head, rows, note) if rows else None

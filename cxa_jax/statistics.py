@@ -13,7 +13,7 @@ from scipy import special, stats
 
 from cxa_jax.errors import UserError
 from cxa_jax.metrics import check_labels_and_scores
-from cxa_jax.weighted_statistics import compute_weighted_statistics
+from cxa_jax.weighted_statistics import bin_gaps, compute_weighted_statistics
 
 NUM_RESAMPLES = 2000
 MAX_CELLS = 2_000_000  # weights held at once (16 MB an array): bounds memory whatever the data and the resamples
@@ -105,14 +105,50 @@ def make_area_interval(estimate: float, samples: np.ndarray, level: float, num_p
     interval = make_interval(estimate, samples, level, num_patients)
     if not (0 < estimate < 1 and np.isfinite(samples).sum() > 1):
         return interval
-    n = max(num_patients, 2)
-    error = float(np.nanstd(samples, ddof=1)) * math.sqrt(n / (n - 1)) / (estimate * (1 - estimate))
-    half = stats.t.ppf((1 + level) / 2, n - 1) * error
+    half = _half_width(samples, level, num_patients) / (estimate * (1 - estimate))
     centre = special.logit(estimate)
     return replace(interval, low=float(special.expit(centre - half)), high=float(special.expit(centre + half)))
 
 
-INTERVAL_MAKERS = {"auroc": make_area_interval}  # of the other statistics: `make_interval`
+def make_symmetric_interval(estimate: float, samples: np.ndarray, level: float, num_patients: int) -> Interval:
+    """Return estimate +- t_{n-1} sqrt(n / (n - 1)) sd; arguments as in `make_interval`.
+
+    Of a calibration error resamples are as much too large as the error itself is: percentiles would count that twice.
+    """
+    interval = make_interval(estimate, samples, level, num_patients)
+    if np.isfinite(samples).sum() < 2:
+        return interval
+    half = _half_width(samples, level, num_patients)
+    return replace(interval, low=float(estimate - half), high=float(estimate + half))
+
+
+def _half_width(samples: np.ndarray, level: float, num_patients: int) -> float:
+    n = max(num_patients, 2)
+    return stats.t.ppf((1 + level) / 2, n - 1) * math.sqrt(n / (n - 1)) * float(np.nanstd(samples, ddof=1))
+
+
+# Of the other statistics: `make_interval`.
+INTERVAL_MAKERS = {"auroc": make_area_interval, "calibration_error": make_symmetric_interval}
+
+
+def bound_calibration_bias(labels: np.ndarray, scores: np.ndarray, patients: ArrayLike | None) -> float:
+    """Return how far a calibration error lies above the true one, on average, at the most.
+
+    Noise e in a bin makes its gap too large: E|x + e| - |x| <= E|e|, which is sqrt(2 / pi) se for a normal e. That is
+    summed over bins, with standard errors by patient. Of a perfectly calibrated model it is all of the error.
+    """
+    gaps = bin_gaps(labels, scores)
+    patients = np.arange(len(gaps)) if patients is None else np.asarray(patients)
+    _, patient_of_image = np.unique(patients, return_inverse=True)
+    sums = np.zeros((patient_of_image.max() + 1, gaps.shape[1]))
+    np.add.at(sums, patient_of_image, gaps)
+    errors = np.sqrt(((sums - sums.mean(0)) ** 2).sum(0))
+    return float(math.sqrt(2 / math.pi) * errors.sum() / len(gaps))
+
+
+def lower_by_bias(interval: Interval, bias: float) -> Interval:
+    """Return the interval of a calibration error whose lower end allows for `bound_calibration_bias`."""
+    return replace(interval, low=max(0.0, interval.low - bias), high=min(1.0, interval.high))
 
 
 def bootstrap_intervals(
@@ -146,10 +182,13 @@ def bootstrap_intervals(
     ]
     samples = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in statistics}
     units = count_patients(labels, patients)
-    return {
+    intervals = {
         name: INTERVAL_MAKERS.get(name, make_interval)(estimates[name][0], samples[name], level, units)
         for name in statistics
     }
+    if (name := "calibration_error") in intervals:
+        intervals[name] = lower_by_bias(intervals[name], bound_calibration_bias(labels, scores, patients))
+    return intervals
 
 
 def bootstrap_interval(

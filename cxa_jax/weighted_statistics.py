@@ -93,6 +93,10 @@ def _ranking_statistics(labels: np.ndarray, scores: np.ndarray, weights: np.ndar
 
 def _calibration_error(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Sum over bins |weighted sum of (label - score)| / total, which is sum_b n_b / N |share_b - mean score_b|."""
+    return np.abs(weights @ bin_gaps(labels, scores)).sum(1) / weights.sum(1)
+
+
+def bin_gaps(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Return label - score of each image in the column of its calibration bin, 0 in the others: [N, bins]."""
     bins = np.minimum((scores * NUM_CALIBRATION_BINS).astype(np.int64), NUM_CALIBRATION_BINS - 1)
-    gaps = np.eye(NUM_CALIBRATION_BINS)[bins] * (labels - scores)[:, None]
-    return np.abs(weights @ gaps).sum(1) / weights.sum(1)
+    return np.eye(NUM_CALIBRATION_BINS)[bins] * (labels - scores)[:, None]

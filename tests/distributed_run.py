@@ -27,7 +27,7 @@ from cxa_jax.models.cxa import CardioXAttentionNet
 from cxa_jax.train_state import create_train_state, init_train_state
 
 PLACES = {
-    "start": (train, "check_same_run"),
+    "start": (train, "append_environment"),
     "training": (train, "put_batch"),
     "dev": (train, "evaluate_split"),
     "best": (train, "make_meta"),  # of the best state, then of the latest
