@@ -55,7 +55,8 @@ def compute_table(
     def difference(a: str, b: str, metric: str) -> dict[str, Any] | None:
         common = [one for one in seeds[a] if one in seeds[b]]
         samples = [sample(name, metric, common) for name in (a, b)] if common else [None]
-        return None if None in samples else dataclasses.asdict(compare(*samples))
+        low, high = BOUNDS[metric]
+        return None if None in samples else dataclasses.asdict(compare(*samples, bounds=(low - high, high - low)))
 
     columns, facts = next(iter(scores.values()))
     controls = {

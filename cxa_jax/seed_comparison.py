@@ -111,12 +111,17 @@ def make_t_interval(
     return Interval(estimate, low, high, level), error, float(2 * stats.t.sf(abs(estimate) / error, free))
 
 
-def compare(a: SeedSamples, b: SeedSamples, level: float = 0.95) -> Interval:
+def compare(
+    a: SeedSamples, b: SeedSamples, level: float = 0.95, bounds: tuple[float, float] = (-math.inf, math.inf)
+) -> Interval:
     """Return the mean difference a - b and its interval; runs are paired by seed, resamples by their patients.
+
+    The interval is cut to `bounds`, the least and the largest difference there can be.
 
     Raises:
       UserError: the two are not of the same seeds and resamples.
     """
     if a.resampled.shape != b.resampled.shape or a.num_patients != b.num_patients:
         raise UserError(f"runs cannot be paired: {a.resampled.shape} and {b.resampled.shape} (seeds, resamples)")
-    return combine(SeedSamples(a.estimates - b.estimates, a.resampled - b.resampled, a.num_patients), level)
+    difference = SeedSamples(a.estimates - b.estimates, a.resampled - b.resampled, a.num_patients)
+    return combine(difference, level, bounds)

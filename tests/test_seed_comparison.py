@@ -81,6 +81,11 @@ def test_intervals_cover_the_truth():
     assert stats.binomtest(covered, num_trials, 0.95).pvalue > 1e-3, covered
 
 
+def test_two_seeds_that_disagree_leave_no_more_doubt_than_there_can_be():
+    a, b = (SeedSamples(np.array(runs), np.tile(np.array(runs)[:, None], 30), 50) for runs in ((0.2, 0.9), (0.8, 0.1)))
+    assert compare(a, b).high > 1 and (compare(a, b, bounds=(-1, 1)).low, compare(a, b, bounds=(-1, 1)).high) == (-1, 1)
+
+
 def test_other_seeds_cannot_be_paired():
     labels, scores, patients = draw(6)
     three, two = (sample_auroc(labels, rows, patients, num_resamples=30) for rows in (scores, scores[:2]))
