@@ -37,21 +37,20 @@ def lower_train_step(run: Run, batch_size: int) -> Lowered:
 
 @contextlib.contextmanager
 def compiling_train_step(run: Run) -> Iterator[concurrent.futures.Future[StepProgram]]:
-    """Compile the train step while the body runs, and wait for it: the first call then finds it compiled.
+    """Trace the train step, compile it while the body runs, and wait for it: the first call then finds it compiled.
 
-    XLA compiles on one core most of the time and without the interpreter's lock, so the other core can compile what
-    initialises the state.
+    XLA compiles on one core most of the time and without the interpreter's lock, so the other core can trace and
+    compile what initialises the state. Two traces at once would only wait for each other.
     """
+    start = time.perf_counter()
+    lowered = lower_train_step(run, run.config.train.batch_size)
+    trace_s = time.perf_counter() - start
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
-        program = pool.submit(compile_train_step, run)
+        program = pool.submit(_compile, lowered, trace_s)
         yield program
         program.result()
 
 
-def compile_train_step(run: Run) -> StepProgram:
-    """Trace and compile training's own step for the config's batch size."""
+def _compile(lowered: Lowered, trace_s: float) -> StepProgram:
     start = time.perf_counter()
-    lowered = lower_train_step(run, run.config.train.batch_size)
-    traced = time.perf_counter()
-    compiled = lowered.compile()
-    return StepProgram(lowered, compiled, traced - start, time.perf_counter() - traced)
+    return StepProgram(lowered, lowered.compile(), trace_s, time.perf_counter() - start)

@@ -95,18 +95,24 @@ def test_equals_plain_in_float64(make, shape):
 @pytest.mark.slow
 @pytest.mark.parametrize(("make", "shape"), [(make_resnet, (4, 64, 64, 3)), (make_inception, (3, 139, 139, 3))])
 def test_float32_is_as_exact_as_plain(make, shape):
-    """Batch norms over a few pixels magnify rounding, in either graph: both are compared with float64."""
-    images = np.random.default_rng(1).random(shape, np.float32)
-    variables = perturbed_variables(make("plain", jnp.float32), images, jnp.float32)
-    with jax.enable_x64(True):
-        exact, _ = train_and_infer(make("plain", jnp.float64), *jax.tree.map(np.float64, (variables, images)))
-    exact = jax.tree.map(np.float32, exact)
-    errors = {}
-    for implementation in ("fused", "plain"):
-        result, should_be_zero = train_and_infer(make(implementation, jnp.float32), variables, images)
-        assert should_be_zero < 1e-4
-        errors[implementation] = max(jax.tree.leaves(relative_errors(result, exact)))
-    assert errors["fused"] <= max(1e-4, 2 * errors["plain"]), errors
+    """Batch norms over a few pixels magnify rounding, in either graph: both are compared with float64.
+
+    A ReLU whose input is nearly zero falls on either side by chance, and a few gradients are off by a tenth then, in
+    one graph or in the other: so three draws.
+    """
+    errors = {"fused": [], "plain": []}
+    for seed in (1, 2, 3):
+        images = np.random.default_rng(seed).random(shape, np.float32)
+        variables = perturbed_variables(make("plain", jnp.float32), images, jnp.float32)
+        with jax.enable_x64(True):
+            exact, _ = train_and_infer(make("plain", jnp.float64), *jax.tree.map(np.float64, (variables, images)))
+        exact = jax.tree.map(np.float32, exact)
+        for implementation, own in errors.items():
+            result, should_be_zero = train_and_infer(make(implementation, jnp.float32), variables, images)
+            assert should_be_zero < 1e-4
+            own += jax.tree.leaves(relative_errors(result, exact))
+    for reduce in (np.median, np.max):
+        assert reduce(errors["fused"]) <= max(1e-4, 2 * reduce(errors["plain"])), reduce
 
 
 @pytest.mark.parametrize("dtype", [jnp.float64, pytest.param(jnp.float32, marks=pytest.mark.slow)])

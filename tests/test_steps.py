@@ -15,7 +15,7 @@ from cxa_jax.evidence import linearized_evidence
 from cxa_jax.losses import weighted_binary_cross_entropy
 from cxa_jax.models.cxa import CardioXAttentionNet
 from cxa_jax.optimizer import create_optimizer
-from cxa_jax.steps import make_eval_step, make_train_step, mean_of_valid
+from cxa_jax.steps import is_finite, make_eval_step, make_train_step, mean_of_valid
 from cxa_jax.train_state import TrainState, create_train_state
 
 WEIGHTS = (0.6, 2.0)
@@ -205,3 +205,13 @@ def test_mean_of_valid():
     assert float(mean_of_valid(values, mask, 2)) == 2.5
     assert float(mean_of_valid(values, mask, 5)) == 1
     assert float(mean_of_valid(values, jnp.zeros(3, bool), 0)) == 0
+
+
+@pytest.mark.parametrize("leaf", ["kernel", "bias", "scalar"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(leaf, value):
+    rng = np.random.default_rng(8)
+    grads = {"kernel": rng.normal(size=(3, 4)), "bias": rng.normal(size=5), "scalar": np.array(1.5)}
+    assert bool(is_finite(grads)) and bool(is_finite({"kernel": grads["kernel"]}))
+    grads[leaf].flat[-1] = value
+    assert not bool(is_finite(grads)) and not bool(jax.jit(is_finite)(grads))

@@ -47,6 +47,9 @@ from cxa_jax.models.fused_ops import (
     fold_batch_norm,
     moments_gradient,
     normalize_relu,
+    undo_conv_1x1,
+    undo_conv_3x3,
+    undo_normalize_relu,
 )
 
 
@@ -74,6 +77,12 @@ def _bottleneck(x, moments, norm1, kernel1, epsilon):
 def _growth(y, moments, norm2, kernel2, epsilon):
     """y_l -> o_l."""
     return conv_3x3(normalize_relu(y, moments, norm2, epsilon), kernel2)
+
+
+def _undo(undo_conv, x, moments, norm, kernel, epsilon, g):
+    """Gradients of x, moments, norm and kernel behind norm, ReLU and convolution, whose input is computed again."""
+    g, g_kernel = undo_conv((normalize_relu(x, moments, norm, epsilon), kernel), g)
+    return *undo_normalize_relu(epsilon, (x, moments, norm), g), g_kernel
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -128,15 +137,13 @@ def _dense_block_backward(epsilon, recompute, saved, g):
         layer, start, end = layers[i], layers[i].kernel1.shape[2], start
         g_new = _finished(features, moments, g_features, g_moments, start, end)
         x, x_moments = features[..., :start], _not_before(g_moments, first_channels(moments, start))
-        y, undo_bottleneck = jax.vjp(partial(_bottleneck, epsilon=epsilon), x, x_moments, layer.norm1, layer.kernel1)
-        y = y if recompute else kept[i]
+        y = _bottleneck(x, x_moments, layer.norm1, layer.kernel1, epsilon) if recompute else kept[i]
         own = _not_before(g_moments, y_moments[i])
-        _, undo_growth = jax.vjp(partial(_growth, epsilon=epsilon), y, own, layer.norm2, layer.kernel2)
-        g_y, g_own, g_norm2, g_kernel2 = undo_growth(g_new)
+        g_y, g_own, g_norm2, g_kernel2 = _undo(undo_conv_3x3, y, own, layer.norm2, layer.kernel2, epsilon, g_new)
         g_y += moments_gradient(y, own, jax.tree.map(jnp.add, g_own, g_y_moments[i]))
-        g_x, g_shared, g_norm1, g_kernel1 = undo_bottleneck(g_y)
-        g_features = g_features.at[..., :start].add(g_x)
-        g_moments = jax.tree.map(lambda total, g, n=start: total.at[:n].add(g), g_moments, g_shared)
+        g_x, g_shared, g_norm1, g_kernel1 = _undo(undo_conv_1x1, x, x_moments, layer.norm1, layer.kernel1, epsilon, g_y)
+        g_features = _add_to_first(g_features, g_x)
+        g_moments = jax.tree.map(_add_to_first, g_moments, g_shared)
         g_layers[i] = LayerParams(g_norm1, g_kernel1, g_norm2, g_kernel2)
     return _finished(features, moments, g_features, g_moments, 0, num_inputs), tuple(g_layers)
 
@@ -151,6 +158,11 @@ def _not_before(g_moments, moments):
     activations of all layers as soon as it can, and holds them all: the memory that recomputing was to save.
     """
     return Moments(moments.mean + 0 * g_moments.mean[0], moments.var)
+
+
+def _add_to_first(total, g):
+    """Add g [..., c] to the first c channels of the buffer `total`."""
+    return jax.lax.dynamic_update_slice_in_dim(total, total[..., : g.shape[-1]] + g, 0, axis=total.ndim - 1)
 
 
 def _finished(features, moments, g_features, g_moments, start, end):

@@ -17,7 +17,6 @@ from jax import lax
 
 Pair = tuple[int, int]
 PIXELS = (0, 1, 2)  # the axes B, H, W of [B, H, W, C]
-WINDOW = [(i, j) for i in range(3) for j in range(3)]  # the cells of a 3x3 kernel, row by row
 
 
 class Moments(NamedTuple):
@@ -102,13 +101,14 @@ def normalize_relu(x: jax.Array, moments: Moments, affine: Affine, epsilon: floa
     return jax.nn.relu(_normalize(_widen(x), moments, affine, epsilon)).astype(x.dtype)
 
 
-def _normalize_relu_backward(epsilon, saved, g):
+def undo_normalize_relu(epsilon, saved, g):
+    """Return the gradients of x, moments and affine from those three and that of the output."""
     x, moments, affine = saved
     g = jnp.where(_normalize(_widen(x), moments, affine, epsilon) > 0, _widen(g), 0.0)
     return _normalize_backward(epsilon, saved, g)
 
 
-normalize_relu.defvjp(lambda *args: (normalize_relu(*args), args[:3]), _normalize_relu_backward)
+normalize_relu.defvjp(lambda *args: (normalize_relu(*args), args[:3]), undo_normalize_relu)
 
 
 @jax.custom_vjp
@@ -154,12 +154,13 @@ def conv_1x1(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _matmul(x, kernel[0, 0])
 
 
-def _conv_1x1_backward(saved, g):
+def undo_conv_1x1(saved, g):
+    """Return the gradients of x and kernel from these two and that of the output."""
     x, kernel = saved
     return _matmul(g, kernel[0, 0].T), _pixel_gram(x, g, kernel.dtype)[None, None]
 
 
-conv_1x1.defvjp(lambda x, kernel: (conv_1x1(x, kernel), (x, kernel)), _conv_1x1_backward)
+conv_1x1.defvjp(lambda x, kernel: (conv_1x1(x, kernel), (x, kernel)), undo_conv_1x1)
 
 
 @jax.custom_vjp
@@ -173,17 +174,28 @@ def conv_3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _convolve(x, kernel.astype(x.dtype), (1, 1), "SAME")
 
 
-def _conv_3x3_backward(saved, g):
+def undo_conv_3x3(saved, g):
+    """Return the gradients of x and kernel from these two and that of the output."""
     x, kernel = saved
-    _, height, width, num_out = g.shape
-    padded = jnp.pad(g, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    shifts = jnp.concatenate([padded[:, 2 - i : 2 - i + height, 2 - j : 2 - j + width] for i, j in WINDOW], axis=-1)
+    num_out = g.shape[-1]
+    shifts = _shifts(g)
     g_x = _matmul(shifts, kernel.transpose(0, 1, 3, 2).reshape(9 * num_out, -1))
     g_kernel = _pixel_gram(x, shifts, kernel.dtype).reshape(-1, 3, 3, num_out).transpose(1, 2, 0, 3)
     return g_x, g_kernel
 
 
-conv_3x3.defvjp(lambda x, kernel: (conv_3x3(x, kernel), (x, kernel)), _conv_3x3_backward)
+def _shifts(g):
+    """[B, H, W, D] -> [B, H, W, 9 D], S of `conv_3x3`: the three shifts of columns, then the three of rows of those."""
+    for axis in (2, 1):
+        first, last = ([(int(own == axis), 0)[::step] for own in range(4)] for step in (1, -1))
+        size = g.shape[axis]
+        after = jnp.pad(lax.slice_in_dim(g, 1, size, axis=axis), last)
+        before = jnp.pad(lax.slice_in_dim(g, 0, size - 1, axis=axis), first)
+        g = jnp.concatenate([after, g, before], axis=-1)
+    return g
+
+
+conv_3x3.defvjp(lambda x, kernel: (conv_3x3(x, kernel), (x, kernel)), undo_conv_3x3)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
