@@ -97,7 +97,7 @@ def make_train_step(
             opt_state=opt_state,
         )
         healthy = state.healthy & jnp.isfinite(value) & is_finite(grads)
-        new_state = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), new_state, state)
+        new_state = jax.tree.map(lambda new, old: jax.lax.select(healthy, new, old), new_state, state)
         return new_state.replace(healthy=healthy), {"loss": value, "healthy": healthy}
 
     return train_step
