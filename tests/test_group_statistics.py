@@ -8,7 +8,7 @@ import pytest
 from cxa_jax.comparison import compute_delong_test, paired_bootstrap
 from cxa_jax.group_statistics import bootstrap_group, bootstrap_group_means, compare_groups, compute_group_delong
 from cxa_jax.seed_comparison import combine, sample_auroc, sample_means
-from cxa_jax.statistics import bootstrap_interval, bootstrap_means
+from cxa_jax.statistics import bootstrap_interval, bound_calibration_bias, bootstrap_means
 
 
 def _draw(seed: int, num_runs: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
@@ -33,6 +33,17 @@ def test_several_runs_are_combined_as_seeds():
     assert group.values == pytest.approx(samples.estimates)
     assert group.sd == pytest.approx(samples.estimates.std(ddof=1))
     assert (group.interval.low, group.interval.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_a_calibration_error_reaches_down_by_its_bias_of_one_run_and_of_several():
+    labels, patients, scores = _draw(2, 3)
+    one, three = (
+        bootstrap_group(labels, runs, patients, ("calibration_error",), num_resamples=200)["calibration_error"].interval
+        for runs in (scores[:1], scores)
+    )
+    assert one == bootstrap_interval(labels, scores[0], patients, "calibration_error", num_resamples=200)
+    biases = [bound_calibration_bias(labels, run, patients) for run in scores]
+    assert one.low < one.estimate - biases[0] and three.low < three.estimate - np.mean(biases)
 
 
 def test_a_statistic_undefined_in_one_run_is_undefined_without_a_warning():
