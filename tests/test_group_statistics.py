@@ -8,7 +8,7 @@ import pytest
 from cxa_jax.comparison import compute_delong_test, paired_bootstrap
 from cxa_jax.group_statistics import bootstrap_group, bootstrap_group_means, compare_groups, compute_group_delong
 from cxa_jax.seed_comparison import combine, sample_auroc, sample_means
-from cxa_jax.statistics import bootstrap_interval, bound_calibration_bias, bootstrap_means
+from cxa_jax.statistics import bootstrap_interval, bootstrap_means, bound_calibration_bias
 
 
 def _draw(seed: int, num_runs: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
