@@ -35,7 +35,6 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1 and MODE.value != "predict":
         sys.exit(f"error: unexpected argument(s) {' '.join(argv[1:])}; flags look like --config=FILE")
     log_to_console()
-    importlib.import_module("cxa_jax.runtime").set_up_runtime()  # here, so that --help does not wait for jax
     mode = MODES[MODE.value]
     module, function = mode.target.split(":")
     config = CONFIG.value
@@ -43,8 +42,10 @@ def main(argv: list[str]) -> None:
     given = {"config": config, "data": config and config.data, "workdir": workdir, "workdirs": WORKDIRS.value}
     given |= {"inputs": INPUTS.value + argv[1:], "output": OUTPUT.value}
     processes = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, DISTRIBUTED.value == "auto", MODE.value)
-    with command_exits(), importlib.import_module("cxa_jax.distributed").joined(*processes):
-        getattr(importlib.import_module(module), function)(*(given[name] for name in mode.arguments))
+    with command_exits():
+        importlib.import_module("cxa_jax.runtime").set_up_runtime()  # here, so that --help does not wait for jax
+        with importlib.import_module("cxa_jax.distributed").joined(*processes):
+            getattr(importlib.import_module(module), function)(*(given[name] for name in mode.arguments))
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -186,11 +186,11 @@ def format_table(report: dict[str, Any]) -> str:
 
 def title_rows(poolings: dict[str, Any]) -> dict[str, str]:
     """Return each pooling's name with what sets it apart besides the pooling."""
-    usual = next((poolings[name] for name in ("gap", "amm") if name in poolings), next(iter(poolings.values())))
+    some_normed = any(own["attended"] == "all_normalized" for own in poolings.values())
     titles = {}
     for name, own in poolings.items():
         apart = [] if own["head"] == "mlp" else [f"{own['head']} head"]
-        apart += [] if own["attended"] == usual["attended"] else ["reads F"]
+        apart += ["reads F"] if some_normed and own["attended"] != "all_normalized" else []
         titles[name] = f"{name} ({', '.join(apart)})" if apart else name
     return titles
 

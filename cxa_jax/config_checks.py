@@ -14,7 +14,8 @@ CHOICES = {
     "data.dev_split": ("image", "patient"),
     "init.torch_normalization": ("imagenet_torch", "xrv", "div255"),
 }
-MAX_IMAGE_PX, MAX_BATCH = 8192, 65_536  # more is a slip of the hand, and would end where memory does
+# More is a slip of the hand, and would end where memory or patience does.
+MAX_IMAGE_PX, MAX_BATCH, MAX_READERS, MAX_PATIENTS, MAX_RESAMPLES = 8192, 65_536, 1024, 1_000_000, 1_000_000
 # Inclusive bounds; None is no bound.
 RANGES = {
     "seed": (0, 2**32 - 1),
@@ -26,7 +27,10 @@ RANGES = {
     "train.label_smoothing": (0, 1),
     "train.gce_exponent": (0.01, 1),
     "train.attention_negative_weight": (0, None),
-    "optimizer.learning_rate": (0, None),
+    "data.num_threads": (1, MAX_READERS),
+    "data.num_workers": (0, MAX_READERS),
+    "data.phantom.num_patients": (1, MAX_PATIENTS),
+    "optimizer.learning_rate": (0, 1e30),
     "optimizer.momentum": (0, 1),
     "optimizer.plateau_factor": (0, 1),
     "optimizer.plateau_patience": (1, None),
@@ -36,7 +40,7 @@ RANGES = {
     "eval.batch_size": (1, MAX_BATCH),
     "eval.image_size": (0, MAX_IMAGE_PX),
     "eval.overlay_intensity": (0, 1),
-    "eval.num_bootstrap": (1, None),
+    "eval.num_bootstrap": (1, MAX_RESAMPLES),
     "benchmark.num_steps": (1, None),
     "benchmark.num_warmup": (0, None),
     "benchmark.memory_gib": (0, None),

@@ -10,17 +10,19 @@ from cxa_jax.errors import UserError
 
 @contextlib.contextmanager
 def naming_exhaustion(tried: str, cure: str) -> Iterator[None]:
-    """Turn the backend's 'out of memory' into one message; every other error passes.
+    """Turn the backend's, or the host's, 'out of memory' into one message; every other error passes.
 
     Args:
       tried: the fields and values that asked for the memory.
       cure: what to change.
 
     Raises:
-      UserError: the device ran out of memory inside.
+      UserError: the device or the host ran out of memory inside.
     """
     try:
         yield
+    except MemoryError as error:
+        raise UserError(f"the host ran out of memory with {tried}: {cure}\n  ({error})") from error
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -57,7 +57,7 @@ class MetricWriter:
 
 def count_rows(path: pathlib.Path) -> int:
     """Return the number of rows below the header of a CSV file; 0 if there is none."""
-    return max(0, len(path.read_text(encoding="utf-8").splitlines()) - 1) if path.is_file() else 0
+    return max(0, len(path.read_bytes().splitlines()) - 1) if path.is_file() else 0
 
 
 def write_history(path: pathlib.Path, history: Sequence[Row]) -> None:

@@ -103,17 +103,21 @@ def start_or_resume(
 ) -> tuple[TrainState, Progress, Any]:
     """Return state, progress and iterator: the workdir's newest sound ones if it has any, else new ones.
 
-    The best state can be gone on from as well: it is taken where no latest one is sound.
+    The best state can be gone on from as well: it is taken where no latest one is sound, or where a run was cut after
+    its best was written and before its latest.
 
     Raises:
       UserError: the workdir holds another run.
     """
     # The meta first, alone: another network's arrays would not fit the mould.
-    meta = read_first(Checkpoints.read_meta, latest, best)
+    stores = sorted((latest, best), key=lambda store: max(store.steps(), default=-1), reverse=True)
+    if stores[0] is best:
+        log.warning("going on from the best state, of step %d: %s has none as new", best.steps()[0], latest.directory)
+    meta = read_first(Checkpoints.read_meta, *stores)
     changes = check_same_run(meta, run.config, run.dataset.fingerprint, folder) if meta else []
     write_atomically(folder / "config.json", run.config.to_json_best_effort(indent=2) + "\n")
     append_environment(folder, run.dataset.name)
-    restored = read_first(lambda store: store.restore(run.abstract_state), latest, best) if meta else None
+    restored = read_first(lambda store: store.restore(run.abstract_state), *stores) if meta else None
     known = count_rows(folder / "metrics.csv")
     split, size = run.dataset.splits["train"], run.config.train.batch_size
     options = {"batch_size": size, "seed": run.config.seed, "own_rows": own_rows(size, run.mesh)}

@@ -23,6 +23,8 @@ from cxa_jax.distributed import is_first
 from cxa_jax.errors import UserError
 from cxa_jax.file_lock import lock_file
 
+log = logging.getLogger(__name__)
+
 LOCK_FILE = ".lock"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy", "clu")
 
@@ -114,9 +116,18 @@ def refuse_outward_links(folder: pathlib.Path) -> None:
                 raise UserError(f"{path} is a link out of {folder}; put what it leads to in its place, or delete it")
 
 
+class _DiaryHandler(logging.FileHandler):
+    """A log file whose lines may be lost, as on a full disk: told once, not with a traceback a line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        logger = logging.getLogger("cxa_jax")
+        logger.removeHandler(self)
+        logger.warning("%s cannot be written (%s); the rest is told here alone", self.baseFilename, sys.exc_info()[1])
+
+
 def log_to_file(workdir: pathlib.Path) -> None:
     """Append the package's log to `workdir`/log.txt, besides the console."""
-    handler = logging.FileHandler(workdir / "log.txt", encoding="utf-8", errors="backslashreplace")
+    handler = _DiaryHandler(workdir / "log.txt", encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("cxa_jax")
     for other in [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]:
@@ -128,8 +139,22 @@ def log_to_file(workdir: pathlib.Path) -> None:
 def append_environment(workdir: pathlib.Path, data: str) -> None:
     """Add this session to environment.json, a list with one entry for each start: a resumed run has several."""
     path = workdir / "environment.json"
-    sessions = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    sessions = _read_sessions(path) if path.exists() else []
     write_atomically(path, to_json([*sessions, describe_environment() | {"data": data}]))
+
+
+def _read_sessions(path: pathlib.Path) -> list[Any]:
+    """Return the entries of earlier starts; a damaged diary is put aside, since no run depends on it."""
+    try:
+        sessions = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        sessions = error
+    if isinstance(sessions, list):
+        return sessions
+    aside = path.with_suffix(".damaged")
+    path.replace(aside)
+    log.warning("%s is damaged and now %s; a new list of this run's starts begins", path, aside.name)
+    return []
 
 
 def describe_environment() -> dict[str, Any]:

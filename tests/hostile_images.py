@@ -12,7 +12,8 @@ MODES = ("1", "L", "LA", "RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "I;16", "I",
 FORMATS = {"PNG": ".png", "JPEG": ".jpg", "TIFF": ".tif", "BMP": ".bmp", "GIF": ".gif", "WEBP": ".webp", "PPM": ".png"}
 SIZES = ((1, 1), (2, 3), (17, 9), (40, 33), (60_000, 1), (1, 60_000))
 MAGIC = (b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"II*\0", b"MM\0*", b"BM", b"GIF89a", b"RIFF",
-         b"P5\n9 9\n255\n", b"\0" * 128 + b"DICM", b"%PDF-1.4", b"8BPS\0\x01", b"\0\0\x01\0", b"DDS ",
+         b"P5\n9 9\n255\n", b"\0" * 128 + b"DICM", b"%PDF-1.4", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+         b"8BPS\0\x01", b"\0\0\x01\0", b"DDS ",
          b"\x8aMNG")  # fmt: skip
 
 

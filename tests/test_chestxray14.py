@@ -10,7 +10,7 @@ from nih_tree import BOXES, IMAGES, TASK_IMAGES, make_download, write_images, wr
 from PIL import Image
 
 from configs import dense121
-from cxa_jax.data import chestxray14, images, nih_download, records
+from cxa_jax.data import chestxray14, images, nih_download, preparation, records
 from cxa_jax.data.datasets import load_dataset
 from cxa_jax.data.nih_download import Download
 from cxa_jax.errors import UserError
@@ -86,6 +86,20 @@ def test_other_findings_are_a_set_of_their_own(config):
     config.other_findings = False
     assert sum(map(len, _read(config).values())) == len(TASK_IMAGES)
     assert "not the paper's task" not in load_dataset(_named(config)).description
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "metadata.json"])
+def test_a_damaged_description_names_folder_and_cure(config, name):
+    make_download(pathlib.Path(config.manual_dir))
+    chestxray14.prepare(config)
+    path = pathlib.Path(chestxray14.create_builder(config).data_path) / name
+    content = path.read_bytes()
+    for damaged in (b"", content[: len(content) // 2], b"\xff" + content[1:]):
+        path.write_bytes(damaged)
+        for use in (load_dataset, preparation.prepare):
+            with pytest.raises(UserError, match="damaged.*Delete this folder") as caught:
+                use(_named(config))
+            assert str(path.parent) in str(caught.value)
 
 
 def test_provenance(config):

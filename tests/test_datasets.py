@@ -187,6 +187,18 @@ def test_damaged_records_name_folder_and_cure(builder, tmp_path, damage, is_inde
     assert str(builder.data_path) in str(caught.value)
 
 
+def test_an_index_altered_anywhere_is_computed_anew(builder, tmp_path):
+    config = make_config(tmp_path, name="chestxray14")
+    fingerprint = load_dataset(config).fingerprint
+    path = pathlib.Path(builder.data_path) / datasets.INDEX_FILE
+    content, rng = path.read_bytes(), np.random.default_rng(4)
+    for place in rng.integers(0, len(content), 40):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(bytes(flipped))
+        assert load_dataset(config).fingerprint == fingerprint
+
+
 def test_a_split_that_is_not_recorded_is_damage(builder, tmp_path):
     os.remove(builder.data_path / "dataset_info.json")
     fresh = TinyXrays(data_dir=tmp_path, file_format="array_record")

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from cxa_jax.device_memory import naming_exhaustion
@@ -13,6 +14,12 @@ def test_a_full_device_is_named_with_the_cure():
     with pytest.raises(UserError, match=r"out of memory with config\.x=3: less\n  \(RESOURCE_EXHAUSTED"):
         with naming_exhaustion("config.x=3", "less"):
             jax.block_until_ready(jax.jit(lambda: jnp.ones((2**48,)))())
+
+
+def test_a_full_host_is_named_with_the_cure():
+    with pytest.raises(UserError, match=r"the host ran out of memory with config\.x=3: less"):
+        with naming_exhaustion("config.x=3", "less"):
+            np.empty(2**55)
 
 
 def test_other_errors_of_the_backend_pass():

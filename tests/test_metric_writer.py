@@ -31,3 +31,5 @@ def test_each_start_leaves_every_row_once(tmp_path):
 
 def test_a_file_that_is_not_there_has_no_rows(tmp_path):
     assert count_rows(tmp_path / "none.csv") == 0
+    (tmp_path / "damaged.csv").write_bytes(b"epoch\n\xff\n2\n")
+    assert count_rows(tmp_path / "damaged.csv") == 2

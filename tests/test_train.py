@@ -210,7 +210,7 @@ def test_a_lost_latest_is_gone_on_from_the_best_and_a_lost_best_is_said(uncut, t
     shutil.copytree(uncut, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/latest")
     train.train_and_evaluate(tiny.make_config(), str(tmp_path / "run"))
-    assert "nothing sound in" in caplog.text
+    assert "going on from the best state" in caplog.text
     for name in ("metrics.csv", "predictions_test.csv"):
         assert (tmp_path / "run" / name).read_bytes() == (uncut / name).read_bytes()
     shutil.copytree(uncut, tmp_path / "other")  # its latest state knows which one was the best
@@ -219,6 +219,19 @@ def test_a_lost_latest_is_gone_on_from_the_best_and_a_lost_best_is_said(uncut, t
         shutil.rmtree(steps[1])
         train.train_and_evaluate(tiny.make_config(), str(tmp_path / "other"))
         assert f"the state of the lowest dev loss, of step {steps[1].name}, is lost" in caplog.text
+
+
+def test_the_newer_of_latest_and_best_is_gone_on_from(uncut, tmp_path, caplog):
+    """A run killed between writing the two: the epoch that was the best so far is not trained again."""
+    shutil.copytree(uncut, tmp_path / "run")
+    newest = max(int(path.name) for path in (tmp_path / "run/checkpoints/best").iterdir())
+    for path in (tmp_path / "run/checkpoints/latest").iterdir():
+        if int(path.name) >= newest:
+            shutil.rmtree(path)
+    train.train_and_evaluate(tiny.make_config(), str(tmp_path / "run"))
+    assert f"going on from the best state, of step {newest}" in caplog.text
+    assert f"at step {newest}, epoch" in (tmp_path / "run/log.txt").read_text()
+    assert (tmp_path / "run/metrics.csv").read_bytes() == (uncut / "metrics.csv").read_bytes()
 
 
 def test_a_full_device_says_which_batch_was_tried(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The run folder: strict JSON, atomic files, and which changes make another run of it."""
 
 import json
+import logging
 import os
 
 import numpy as np
@@ -13,6 +14,7 @@ from cxa_jax.workdir import (
     check_same_run,
     describe_environment,
     flatten_config,
+    log_to_file,
     open_workdir,
     to_json,
     write_atomically,
@@ -115,6 +117,30 @@ def test_each_start_adds_itself_to_the_environment(tmp_path):
         append_environment(tmp_path, "chest_phantom")
     sessions = json.loads((tmp_path / "environment.json").read_text())
     assert [session["data"] for session in sessions] == ["chest_phantom"] * 2
+
+
+@pytest.mark.parametrize("content", [b"", b'[{"data": "x"}', b'{"data": "x"}', b"\xff\xfe", b"3"])
+def test_a_damaged_list_of_starts_is_put_aside(tmp_path, content):
+    path = tmp_path / "environment.json"
+    path.write_bytes(content)
+    append_environment(tmp_path, "chest_phantom")
+    assert len(json.loads(path.read_text())) == 1
+    assert (tmp_path / "environment.damaged").read_bytes() == content
+
+
+def test_a_log_that_cannot_be_written_is_told_once(tmp_path, capsys, caplog):
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    log_to_file(tmp_path)
+    for _ in range(3):
+        logging.getLogger("cxa_jax").warning("a line")
+    assert sum("cannot be written" in record.message for record in caplog.records) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(UserError, match=str(tmp_path)), open_workdir(tmp_path):
+        pass
 
 
 def test_other_data_is_refused(tmp_path):

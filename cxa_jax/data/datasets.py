@@ -12,6 +12,7 @@ import json
 import logging
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from ml_collections import ConfigDict
 from cxa_jax.atomic_files import replace_when_written
 from cxa_jax.console import progress_bar
 from cxa_jax.data import chest_phantom, chestxray14, image_folder
+from cxa_jax.data.damage import describe_damage, naming_damage
 from cxa_jax.data.nih_description import describe_lack, describe_nih
 from cxa_jax.data.records import decode
 from cxa_jax.errors import UserError
@@ -36,6 +38,8 @@ TITLES = {
 SPLITS = ("train", "dev", "test")
 INDEX_FIELDS = ("id", "patient", "label", "view", "sex", "age", "findings")
 INDEX_FILE = "index.npz"
+# What numpy and the file system raise for an index that is cut or altered.
+_DAMAGE = (ValueError, LookupError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 PHANTOM = "Chest phantoms: procedural drawings, not X-rays of patients"
 
 
@@ -65,7 +69,7 @@ class RecordSource:
         try:
             yield
         except (RuntimeError, ValueError) as error:  # array_record's, TFDS' word for missing, cut or altered bytes
-            raise _damaged(self._folder, str(error)) from error
+            raise describe_damage(self._folder, str(error)) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +134,11 @@ def load_dataset(data_config: ConfigDict) -> Dataset:
     Raises:
       UserError: if the NIH images are not prepared, the prepared records are damaged, or the name is unknown.
     """
+    with naming_damage(data_config):
+        return _load(data_config)
+
+
+def _load(data_config: ConfigDict) -> Dataset:
     match data_config.name:
         case "chestxray14":
             builder = chestxray14.find_prepared(data_config)
@@ -213,10 +222,10 @@ def _identity(builder: tfds.core.DatasetBuilder) -> str:
     shards = {}
     for split in SPLITS:
         if split not in builder.info.splits:
-            raise _damaged(folder, f"it does not know the split '{split}'")
+            raise describe_damage(folder, f"it does not know the split '{split}'")
         for path in map(pathlib.Path, builder.info.splits[split].filepaths):
             if not path.is_file():
-                raise _damaged(folder, f"{path.name} is missing")
+                raise describe_damage(folder, f"{path.name} is missing")
             shards[path.name] = path.stat().st_size
     lengths = {split: builder.info.splits[split].num_examples for split in SPLITS}
     # Labels of the same length make shards of the same size: metadata.json has the digest of the label file.
@@ -252,7 +261,10 @@ def _load_index(path: pathlib.Path, identity: str) -> dict[str, np.ndarray] | No
     try:
         with np.load(path, allow_pickle=False) as archive:
             index = dict(archive)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            expected = {"identity", "fingerprint", *(f"{split}.{field}" for split in SPLITS for field in INDEX_FIELDS)}
+            if missing := expected - set(index):
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    except _DAMAGE as error:
         log.warning("%s cannot be read (%s); computing it anew.", path, error)
         return None
     return index if str(index["identity"]) == identity else None  # else: the records were prepared anew since
@@ -264,8 +276,3 @@ def _save_index(path: pathlib.Path, index: dict[str, np.ndarray]) -> None:
             np.savez_compressed(file, **index)
     except PermissionError as error:
         log.warning("The index is computed at every start, since it cannot be kept beside the records: %s", error)
-
-
-def _damaged(folder: pathlib.Path, reason: str) -> UserError:
-    cure = "Delete this folder and prepare the data again (--mode=prepare)."
-    return UserError(f"The prepared data in {folder} are damaged: {reason}. {cure}")

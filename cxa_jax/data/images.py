@@ -16,6 +16,8 @@ from PIL import ExifTags, Image
 from cxa_jax.data.parallel import ordered_map
 from cxa_jax.errors import UserError
 
+# Pillow would hand PostScript to a program that runs it, whatever the file is called.
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "DIB", "GIF", "WEBP", "PPM", "JPEG2000")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".dic")
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _GREY_MODES = (*_SIXTEEN_BIT_MODES, "1", "L", "LA", "F")
@@ -170,7 +172,7 @@ def _open_image(path: str | os.PathLike) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's: of damage that it passes over, and of large images
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 yield image
     except UserError:  # itself a ValueError
         raise

@@ -5,6 +5,7 @@ import pathlib
 from ml_collections import ConfigDict
 
 from cxa_jax.data import chest_phantom, chestxray14, image_folder
+from cxa_jax.data.damage import naming_damage
 from cxa_jax.data.datasets import load_dataset
 from cxa_jax.data.near_duplicates import find_near_duplicates
 
@@ -15,6 +16,11 @@ def prepare(data_config: ConfigDict) -> None:
     Raises:
       UserError: as the set's own `prepare`.
     """
+    with naming_damage(data_config):
+        _prepare(data_config)
+
+
+def _prepare(data_config: ConfigDict) -> None:
     match data_config.name:
         case "image_folder":
             image_folder.prepare(data_config)
