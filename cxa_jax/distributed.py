@@ -69,16 +69,18 @@ def joined(coordinator: str, num_processes: int, process_id: int, auto: bool, mo
                                          (coordinator, num_processes, process_id), strict=True)))  # fmt: skip
     try:
         yield
+        with held_back(check_at_end=False):
+            _take_leave(watcher)
     except SystemExit as end:
         if end.code not in (0, None):
             _leave(end.code)
     except (UserError, OSError) as error:
         _leave(f"error: {error}")
     except AllStop as notice:
-        with held_back():  # the same notice may reach a process while it waits for the others
-            sys.stderr.write(f"stopped by {notice}, all together; the same commands go on\n")
+        sys.stderr.write(f"stopped by {notice}, all together; the same commands go on\n")
+        with held_back(), contextlib.suppress(*RUNTIME_ERRORS):  # all is saved, whatever becomes of the others now
             _take_leave(watcher)
-            _leave(RESUMABLE)
+        _leave(RESUMABLE)
     except Interrupted as notice:
         sys.stderr.write(f"stopped by {notice}; the same commands go on from the last checkpoint\n")
         _leave(RESUMABLE)
@@ -87,7 +89,6 @@ def joined(coordinator: str, num_processes: int, process_id: int, auto: bool, mo
             _leave(f"error: {LOST}\n  ({str(error).splitlines()[0][:200]})")
         sys.excepthook(*sys.exc_info())
         _leave(1)
-    _take_leave(watcher)
 
 
 def is_first() -> bool:
@@ -122,13 +123,15 @@ def is_stop_due(step: int) -> bool:
 def stopping_together() -> Iterator[None]:
     """Hold signals back where several processes work together: the body asks by `is_stop_due` and `agree_to_stop`.
 
+    A signal that comes as they agree for the last time is answered where they next do, or not at all: nothing is left.
+
     Raises:
       AllStop: at the end, if a signal came after the body last asked.
     """
     if not jax.distributed.is_initialized():
         yield
         return
-    with held_back():
+    with held_back(check_at_end=False):
         yield
         stop_if_agreed()
 

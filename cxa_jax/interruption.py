@@ -46,14 +46,14 @@ def check() -> None:
 
 
 @contextlib.contextmanager
-def held_back() -> Iterator[None]:
+def held_back(*, check_at_end: bool = True) -> Iterator[None]:
     """Raise nothing by itself inside; the body asks by `is_asked` or `check`. At the outermost one's end, `check`."""
     _notice.num_holders += 1
     try:
         yield
     finally:
         _notice.num_holders -= 1
-    if not _notice.num_holders:
+    if check_at_end and not _notice.num_holders:
         check()
 
 

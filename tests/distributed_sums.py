@@ -34,13 +34,16 @@ def main(coordinator: str, process_id: str, victim: str, how: str) -> None:
             print("prepared", flush=True)
         assert own_rows(8, mesh).tolist() == [4 * int(process_id) + i for i in range(4)]
         add = jax.jit(lambda x: x + x.sum(), out_shardings=fetchable(mesh))
-        for step in range(3000 if how != "well" else 30):
+        for step in range(30 if how in ("well", "late") else 3000):
             batch = np.zeros(8, np.float32)
             batch[own_rows(8, mesh)] = own_rows(8, mesh)  # the other rows are the other process'
             np.testing.assert_array_equal(np.asarray(add(put_batch(batch, mesh))), np.arange(8) + 28)
-            if step == 20 and process_id == victim:
+            if step == 20 and process_id == victim and how != "late":
                 end(how)
             time.sleep(0.01)
+        if process_id == victim:  # the other waits for it to take leave
+            time.sleep(2)
+            end("user error")
 
 
 if __name__ == "__main__":

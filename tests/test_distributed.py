@@ -162,14 +162,21 @@ def add_up(victim, how):
     ("victim", "how"),
     [
         (1, "killed"),
-        *(pytest.param(0, how, marks=pytest.mark.slow) for how in ("killed", "user error", "exit")),
-        *(pytest.param(1, how, marks=pytest.mark.slow) for how in ("user error", "exit", "bug")),
+        *(pytest.param(0, how, marks=pytest.mark.slow) for how in ("killed", "user error", "exit", "late")),
+        *(pytest.param(1, how, marks=pytest.mark.slow) for how in ("user error", "exit", "bug", "late")),
     ],
 )
 def test_the_end_of_one_ends_the_other(victim, how):
     ended = add_up(victim, how)
     assert ended[victim][0] == (-signal.SIGKILL if how == "killed" else 1)
-    said = {"killed": "", "user error": "error: the data are not there", "exit": "error: enough", "bug": "a bug"}
+    said = {
+        "late": "error: the data are not there",
+        "killed": "",
+        "user error": "error: the data are not there",
+        "exit": "error: enough",
+        "bug": "a bug",
+    }
+    said["late"] = said["user error"]
     assert said[how] in ended[victim][1]
     assert ended[1 - victim][0] not in (0, None)
     assert "another process of this run is gone" in ended[1 - victim][1] or "another task died" in ended[1 - victim][1]
