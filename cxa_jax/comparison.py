@@ -16,6 +16,7 @@ from cxa_jax.metrics import check_labels_and_scores
 from cxa_jax.statistics import (
     NUM_RESAMPLES,
     Interval,
+    bootstrap_p_value,
     compute_weighted_statistics,
     count_patients,
     make_interval,
@@ -46,7 +47,7 @@ def paired_bootstrap(
 ) -> PairedTest:
     """Test the difference of two models on the same images by resampling patients.
 
-    The p-value is 2 min(#{d <= 0}, #{d >= 0}) + 1 over R + 1: it inverts the percentile interval and is never 0.
+    The p-value inverts the interval (`statistics.bootstrap_p_value`) and is never 0.
     """
     labels, scores_a = check_labels_and_scores(labels, scores_a)
     _, scores_b = check_labels_and_scores(labels, scores_b)
@@ -60,10 +61,9 @@ def paired_bootstrap(
     chunks = resample_patients(patients, len(labels), num_resamples, seed)
     samples = np.concatenate([differences(weights) for weights in chunks])
     defined = samples[np.isfinite(samples)]
-    extreme = min(np.sum(defined <= 0), np.sum(defined >= 0))
-    p_value = min(1.0, (2 * extreme + 1) / (len(defined) + 1)) if len(defined) else math.nan
+    units = count_patients(labels, patients)
     error = float(defined.std(ddof=1)) if len(defined) > 1 else math.nan
-    return PairedTest(make_interval(estimate, samples, level, count_patients(labels, patients)), error, float(p_value))
+    return PairedTest(make_interval(estimate, samples, level, units), error, bootstrap_p_value(samples, units))
 
 
 def compute_delong_covariance(labels: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

@@ -18,11 +18,13 @@ from cxa_jax.statistics import (
     NUM_RESAMPLES,
     Interval,
     bootstrap_means,
+    bootstrap_p_value,
     bound_calibration_bias,
     count_patients,
     lower_by_bias,
     make_interval,
     resample_patients,
+    widen_certainty,
 )
 from cxa_jax.weighted_statistics import compute_weighted_statistics
 
@@ -97,6 +99,7 @@ def bootstrap_group(
         if name == "calibration_error":
             bias = np.mean([bound_calibration_bias(labels, np.asarray(run), patients) for run in scores])
             interval = lower_by_bias(interval, float(bias))
+        interval = widen_certainty(interval, units)
         sd = float(each.std(ddof=1)) if len(each) > 1 else math.nan
         group[name] = GroupStatistic(tuple(each.tolist()), sd, interval, mean, units)
     return group
@@ -154,9 +157,8 @@ def compare_groups(a: GroupStatistic, b: GroupStatistic, level: float = 0.95) ->
     if max(len(a.values), len(b.values)) > 1:
         parts = [(float(np.var(defined)), max(a.num_patients - 1, 1)), *a.seed_part, *b.seed_part]
         return PairedTest(*make_t_interval(estimate, parts, level, (-1.0, 1.0)))
-    tail = min(np.sum(defined <= 0), np.sum(defined >= 0))
     interval = make_interval(estimate, differences, level, a.num_patients)
-    return PairedTest(interval, float(np.std(defined)), float(min(1.0, (2 * tail + 1) / (len(defined) + 1))))
+    return PairedTest(interval, float(np.std(defined)), bootstrap_p_value(differences, a.num_patients))
 
 
 def compute_group_delong(labels: ArrayLike, scores_a: Sequence[ArrayLike], scores_b: Sequence[ArrayLike]) -> PairedTest:

@@ -67,7 +67,9 @@ def _where(groups: list[dict[str, Any]]) -> Card:
     if not own:
         return Card("Where does it look?", "it has no map", [])
     name = max(own, key=lambda key: own[key]["mean_iou"]["estimate"])
-    control, value = maps["median_box"]["mean_iou"], own[name]["mean_iou"]
+    value, control = own[name]["mean_iou"], maps["median_box"].get("mean_iou")
+    if control is None:
+        return Card("Where does it look?", "unknown: boxes of one patient alone, so no control", [])
     verdict = "better than" if value["low"] > control["high"] else "no better than"
     if value["high"] < control["low"]:
         verdict = "worse than"

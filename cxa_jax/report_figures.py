@@ -98,6 +98,7 @@ def compute_roc_band(group: Group, seed: int) -> tuple[np.ndarray, np.ndarray, n
         for weights in resample_patients(test.patient, len(test), NUM_BAND_RESAMPLES, seed):
             ranked = weights[:, order]
             tp, fp = (np.cumsum(ranked * part, axis=1)[:, last_of_ties] for part in (positive, 1 - positive))
+            tp, fp = (np.pad(counts, ((0, 0), (1, 0))) for counts in (tp, fp))  # the curve begins at (0, 0)
             with np.errstate(invalid="ignore"):  # a resample of one class: nan, left out below
                 rows += [np.interp(FPR_GRID, f / f[-1], t / t[-1]) for f, t in zip(fp, tp, strict=True)]
         samples = samples + np.array(rows)
@@ -211,7 +212,8 @@ def draw_overlap(report: dict[str, Any], phantom: bool) -> Picture | None:
 
 
 def _plot_accuracy(axes: Axes, values: dict[str, Any], **style: Any) -> None:
-    shares = [values[f"accuracy_iou_{threshold:g}"]["estimate"] for threshold in IOU_THRESHOLDS]
+    # A single boxed patient has no others, whose median box would be a control.
+    shares = [values.get(f"accuracy_iou_{threshold:g}", {}).get("estimate", np.nan) for threshold in IOU_THRESHOLDS]
     axes.plot(IOU_THRESHOLDS, shares, **style)
 
 

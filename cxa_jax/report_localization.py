@@ -84,6 +84,8 @@ def _tabulate_overlap(groups: list[dict[str, Any]], which: str, rule: str) -> Ta
         f"{PROTOCOL}. Energy: share of the map inside the box over the box's share of the image, 1 is chance. "
         "A map that does not beat the constant box has shown nothing."
     )
+    if rule == "wang":
+        note = f"{note} Of the boxes of a map the one of the largest overlap counts, of which a control has one."
     if rule == TUNED:
         note = f"{_describe_levels(groups)} {note}"
     return Table(title, head, rows, note, folded=(which, rule) != ("all_boxed", "half_max"))

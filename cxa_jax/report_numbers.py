@@ -81,7 +81,9 @@ def _group_key(result: Result) -> str:
     shape = {name: value for name, value in result.config.items() if name != "seed"}
     shape["init.run"] = bool(shape.get("init.run"))  # each seed may start from its own run, all or none
     changes = describe_changes({}, shape)  # the fields that shape a result
-    return json.dumps([*changes, result.metrics["image_size"]])
+    # Free to change within a run, yet not among runs that are to differ by the seed alone.
+    free = result.config.get("train.num_epochs"), result.metrics.get("fingerprint")
+    return json.dumps([*changes, *free, result.metrics["image_size"]])
 
 
 def _group_names(groups: list[list[Result]]) -> list[str]:

@@ -97,8 +97,15 @@ def _short_names(places: list[pathlib.Path]) -> list[str]:
 def _load(path: pathlib.Path, name: str) -> Result:
     if path.is_file():
         dev = path.with_name("dev".join(path.name.rsplit("test", 1)))
-        has_dev = "test" in path.name and dev.is_file()
-        return Result(name, path, read_predictions(path), read_predictions(dev) if has_dev else None, dev.name)
+        if "test" not in path.name or not dev.is_file():
+            return Result(name, path, read_predictions(path), None, dev.name)
+        test, others = read_predictions(path), read_predictions(dev)
+        if shared := sorted(set(test.id.tolist()) & set(others.id.tolist())):
+            raise UserError(
+                f"{dev} and {path} share {len(shared):,} images, such as {shared[0]}: a threshold chosen on test "
+                "images says nothing of them; take them out of one file, or rename the first to leave it out"
+            )
+        return Result(name, path, test, others, dev.name)
     if not path.is_dir():
         raise UserError(f"--workdirs: there is no {path}")
     home = path.parent if path.name.startswith("eval_") else path  # another test size lies in its run's folder

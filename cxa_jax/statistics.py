@@ -151,6 +151,30 @@ def lower_by_bias(interval: Interval, bias: float) -> Interval:
     return replace(interval, low=max(0.0, interval.low - bias), high=min(1.0, interval.high))
 
 
+def widen_certainty(interval: Interval, num_patients: int) -> Interval:
+    """Return the interval of a share of 0 or 1 that no resample can leave: Clopper and Pearson's, patients counted.
+
+    The bootstrap's has no width there, as if ten patients without an error were a proof that there are none.
+    """
+    if interval.low != interval.high or interval.estimate not in (0.0, 1.0):
+        return interval
+    room = 1 - ((1 - interval.level) / 2) ** (1 / max(num_patients, 1))
+    return replace(interval, high=room) if interval.estimate == 0 else replace(interval, low=1 - room)
+
+
+def bootstrap_p_value(samples: np.ndarray, num_patients: int) -> float:
+    """Return the p-value of no difference that inverts `make_interval`; samples [R] are resampled differences.
+
+    The share of resamples beyond 0, those drawn and the one at hand, through the inverse of the interval's tails.
+    """
+    defined = samples[np.isfinite(samples)]
+    if not len(defined):
+        return math.nan
+    n = max(num_patients, 2)
+    tail = (min(np.sum(defined <= 0), np.sum(defined >= 0)) + 1) / (len(defined) + 1)
+    return float(min(1.0, 2 * stats.t.cdf(stats.norm.ppf(min(tail, 1.0)) / math.sqrt(n / (n - 1)), n - 1)))
+
+
 def bootstrap_intervals(
     labels: ArrayLike,
     scores: ArrayLike,
@@ -183,7 +207,9 @@ def bootstrap_intervals(
     samples = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in statistics}
     units = count_patients(labels, patients)
     intervals = {
-        name: INTERVAL_MAKERS.get(name, make_interval)(estimates[name][0], samples[name], level, units)
+        name: widen_certainty(
+            INTERVAL_MAKERS.get(name, make_interval)(estimates[name][0], samples[name], level, units), units
+        )
         for name in statistics
     }
     if (name := "calibration_error") in intervals:

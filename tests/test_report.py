@@ -17,6 +17,7 @@ from cxa_jax.comparison import compute_delong_test
 from cxa_jax.errors import UserError
 from cxa_jax.predictions import read_predictions
 from cxa_jax.report import write_report
+from cxa_jax.report_figures import compute_roc_band
 from cxa_jax.report_numbers import group_results
 from cxa_jax.report_tables import TABLE_5_METRICS, format_interval, format_p, tabulate_paper
 from cxa_jax.results import load_results
@@ -131,9 +132,26 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_combined(paths, tmp_path
     assert [group.name for group in groups] == [
         "CXA_Dense121 (learning_rate 0.01)", "CXA_Dense121 (learning_rate 0.3)"
     ]  # fmt: skip
+    longer = write_run(tmp_path / "long", seed=2, config={"train.num_epochs": 99})
+    assert len(group_results(load_results([*paths[:2], str(longer)]))) == 2
+    elsewhere = write_run(tmp_path / "elsewhere", seed=2)
+    metrics = json.loads((elsewhere / "metrics.json").read_text()) | {"fingerprint": "other data"}
+    (elsewhere / "metrics.json").write_text(json.dumps(metrics))
+    assert len(group_results(load_results([*paths[:2], str(elsewhere)]))) == 2
     same = write_run(tmp_path / "again", seed=0)
     with pytest.raises(UserError, match="cxa0, again are the same model with the same seed"):
         group_results(load_results([paths[0], str(same)]))
+
+
+def test_the_band_of_a_curve_holds_it_even_where_scores_are_yes_or_no(tmp_path):
+    rng = np.random.default_rng(3)
+    label = rng.integers(0, 2, 200)
+    answer = np.where(rng.random(200) < 0.8, label, 1 - label)
+    lines = [f"i{n},{a},p{n},{b}" for n, (a, b) in enumerate(zip(label, answer, strict=True))]
+    (tmp_path / "yes_no.csv").write_text("id,label,patient,score\n" + "\n".join(lines) + "\n")
+    (group,) = group_results(load_results([str(tmp_path / "yes_no.csv")]))
+    mean, low, high = compute_roc_band(group, seed=0)
+    assert (low <= mean + 1e-12).all() and (mean <= high + 1e-12).all() and high[0] < 0.01
 
 
 def test_predictions_files_alone_make_a_report_and_undefined_is_no_zero(tmp_path):

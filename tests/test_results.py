@@ -68,6 +68,13 @@ def test_a_file_finds_its_dev_beside_it(run: pathlib.Path):
     assert result.metrics is None and result.dev_name == "predictions_dev.csv" and len(result.dev) == 40
 
 
+def test_a_dev_file_with_test_images_is_refused(tmp_path: pathlib.Path):
+    test = write_csv(tmp_path / "their_test.csv", [("a", 0, 0.2), ("b", 1, 0.7)])
+    write_csv(tmp_path / "their_dev.csv", [("b", 1, 0.7), ("c", 0, 0.1)])
+    with pytest.raises(UserError, match="share 1 images, such as b"):
+        load_results([test])
+
+
 def test_a_run_on_a_part_of_the_images_brings_all_to_that_part(run: pathlib.Path, tmp_path: pathlib.Path):
     table = read_predictions(run / "predictions_test.csv")
     kept = table.id[10:40]

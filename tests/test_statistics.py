@@ -124,6 +124,36 @@ def test_coverage_with_few_patients_and_an_area_near_one():
     assert 0.92 <= _coverage(300, 150, clustered=True, seed=3, num_patients=30, separation=4.0) <= 0.99
 
 
+@pytest.mark.parametrize("num_patients", [10, 40])
+def test_no_error_among_few_patients_is_no_proof(num_patients):
+    """If one in twenty were missed, all of ten would be found in .6 of the tests: the interval must hold .95."""
+    labels = np.arange(2 * num_patients) % 2
+    names = ("auroc", "recall", "specificity", "npv", "average_precision")
+    intervals = statistics.bootstrap_intervals(labels, labels * 0.5 + 0.25, None, names, num_resamples=50)
+    for interval in intervals.values():
+        assert interval.estimate == interval.high == 1
+        assert interval.low == pytest.approx(stats.binomtest(num_patients, num_patients).proportion_ci(0.95).low)
+    none = statistics.bootstrap_interval(labels, 0.1 * labels, None, "recall", num_resamples=50)
+    assert (none.low, none.high) == (0, pytest.approx(1 - intervals["recall"].low))
+
+
+def test_a_p_value_says_what_its_interval_says():
+    rng = np.random.default_rng(12)
+    for _ in range(200):
+        num_patients = int(rng.integers(3, 60))
+        samples = rng.normal(rng.normal(0, 2), 1, 1999)
+        interval, p_value = make_both(samples, num_patients)
+        if abs(p_value - 0.05) > 0.003:  # percentiles lie between two samples
+            assert (p_value < 0.05) == (interval.low > 0 or interval.high < 0)
+
+
+def make_both(samples, num_patients):
+    return (
+        statistics.make_interval(float(np.mean(samples)), samples, 0.95, num_patients),
+        statistics.bootstrap_p_value(samples, num_patients),
+    )
+
+
 @pytest.mark.slow
 def test_coverage_in_many_simulations():
     """40 patients of the rarer class: t and logit make the interval a little wide."""
