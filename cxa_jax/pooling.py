@@ -281,7 +281,8 @@ POOLINGS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "topk": top_k_mean,
 }
 FEATURES_ONLY = frozenset({"gap", "gmp", "lse", "gem", "topk"})  # logits may be None; a model builds no branch for them
-NOT_AVERAGES = frozenset({"lse", "gem"})  # f is not sum p F, or sum p is not 1: their evidence is not complete
+NOT_SUMS = frozenset({"lse"})  # f is not sum p F
+NOT_AVERAGES = NOT_SUMS | {"gem"}  # nor are those whose sum of p is not 1: their evidence is not complete
 
 
 def at_least_float32(x: Array) -> Array:

@@ -66,10 +66,11 @@ def _where(groups: list[dict[str, Any]]) -> Card:
     own = {name: values for name, values in maps.items() if not is_control(name)}
     if not own:
         return Card("Where does it look?", "it has no map", [])
+    control = maps.get("median_box", {}).get("mean_iou")
+    if control is None or not all("mean_iou" in values for values in own.values()):
+        return Card("Where does it look?", "unknown: too few boxed images for a control", [])
     name = max(own, key=lambda key: own[key]["mean_iou"]["estimate"])
-    value, control = own[name]["mean_iou"], maps["median_box"].get("mean_iou")
-    if control is None:
-        return Card("Where does it look?", "unknown: boxes of one patient alone, so no control", [])
+    value = own[name]["mean_iou"]
     verdict = "better than" if value["low"] > control["high"] else "no better than"
     if value["high"] < control["low"]:
         verdict = "worse than"
