@@ -78,7 +78,8 @@ def joined(coordinator: str, num_processes: int, process_id: int, auto: bool, mo
         _leave(f"error: {error}")
     except AllStop as notice:
         sys.stderr.write(f"stopped by {notice}, all together; the same commands go on\n")
-        with held_back(), contextlib.suppress(*RUNTIME_ERRORS):  # all is saved, whatever becomes of the others now
+        # All is saved, whatever becomes of the others now.
+        with held_back(check_at_end=False), contextlib.suppress(*RUNTIME_ERRORS):
             _take_leave(watcher)
         _leave(RESUMABLE)
     except Interrupted as notice:
@@ -98,8 +99,22 @@ def is_first() -> bool:
 
 def barrier(name: str, timeout_s: int = START_TIMEOUT_S) -> None:
     """Return when every process is here; nothing to wait for in a single process."""
-    if jax.distributed.is_initialized():
-        jax_distributed.global_state.client.wait_at_barrier(f"cxa_jax/{name}/{next(_numbers)}", timeout_s * 1000)
+    if not jax.distributed.is_initialized():
+        return
+    place, failures = f"cxa_jax/{name}/{next(_numbers)}", []
+
+    def wait() -> None:
+        try:
+            jax_distributed.global_state.client.wait_at_barrier(place, timeout_s * 1000)
+        except RUNTIME_ERRORS as error:
+            failures.append(error)
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    while waiting.is_alive():  # not in jax, where no signal is heard: preparing data takes hours
+        waiting.join(1.0)
+    if failures:
+        raise failures[0]
 
 
 def is_stop_due(step: int) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
+from scipy.special import expit
 
 from cxa_jax.atomic_files import replace_when_written
 from cxa_jax.errors import UserError
@@ -54,8 +55,8 @@ def read_predictions(path: str | os.PathLike) -> PredictionTable:
 
     Raises:
         UserError: no such file, not text, a missing or doubled column, no rows, a row of another length, an empty or
-            doubled id, a label other than 0 or 1, a score outside [0, 1], a logit that is not finite. The message
-            names the file and the line.
+            doubled id, a label other than 0 or 1, a score outside [0, 1], a logit that is not finite or not
+            the score's. The message names the file and the line.
     """
     lines, rows = _read_rows(pathlib.Path(path))
     ids = [_text(path, line, "id", row) for line, row in zip(lines, rows, strict=True)]
@@ -69,8 +70,20 @@ def read_predictions(path: str | os.PathLike) -> PredictionTable:
     if "logit" in rows[0]:
         logit = [_number(path, line, "logit", row, "a finite number") for line, row in zip(lines, rows, strict=True)]
         logit = np.array(logit)
+        _refuse_other_logits(path, lines, logit, table.score)
     attributes = {name: np.array([row[name] for row in rows]) for name in ATTRIBUTES if name in rows[0]}
     return PredictionTable(table.id, table.label, table.score, patient, logit, attributes)
+
+
+def _refuse_other_logits(path: str | os.PathLike, lines: list[int], logits: np.ndarray, scores: np.ndarray) -> None:
+    """Calibration reads the logit, all else the score: they must say the same."""
+    apart = np.abs(expit(logits) - scores) > 1e-3
+    if apart.any():
+        row = int(np.argmax(apart))
+        raise UserError(
+            f"{path}, line {lines[row]}: logit {logits[row]:g} means a score of {expit(logits[row]):.4f}, and the "
+            f"score is {scores[row]:g}; leave the column logit out if it is something else"
+        )
 
 
 def _read_rows(path: pathlib.Path) -> tuple[list[int], list[dict[str, str]]]:

@@ -77,7 +77,8 @@ def compute_report(results: Sequence[Result], groups: Sequence[Group], num_resam
         "data": data,
         "protocol": {
             "intervals": f"{data['interval_method']}, {num_resamples:,} resamples; several runs: the mean over runs, "
-            "with the variance between seeds added. Thresholds and calibration are chosen on dev, nothing on test.",
+            "with the variance between seeds added. Thresholds and calibration are chosen on dev, none on test; "
+            "sensitivity at a specificity is read off test's own ROC.",
             "num_resamples": num_resamples,
             "seed": SEED,
         },

@@ -33,6 +33,13 @@ def test_what_is_written_is_read_back_exactly(tmp_path: pathlib.Path):
     assert [item.name for item in tmp_path.iterdir()] == ["predictions.csv"]
 
 
+def test_a_logit_that_is_not_the_scores_is_refused_by_its_line(tmp_path: pathlib.Path):
+    path = tmp_path / "theirs.csv"
+    path.write_text("id,label,score,logit\na,0,0.5,0\nb,1,0.9,2.1972\nc,1,0.9,-4.5\n")
+    with pytest.raises(UserError, match=r"line 4: logit -4\.5 means a score of 0\.0110, and the score is 0\.9"):
+        read_predictions(path)
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: pathlib.Path):
     path = tmp_path / "predictions.csv"
     path.write_text("old")
