@@ -162,6 +162,23 @@ def test_a_pooling_is_its_weights_and_then_an_average_with_them(name, dtype, see
 
 
 @EVERY_POOLING
+@EVERY_TYPE
+@few
+@given(seed=seeds, scale=st.sampled_from([1.0, 30.0, 1e3]))
+def test_averages_stay_between_the_least_and_the_largest_cell(name, dtype, seed, scale):
+    if name in NOT_AVERAGES:
+        return
+    with jax.enable_x64(True):
+        features, logits = draw(seed, scale, dtype=dtype)
+        mask = make_mask(seed)
+        pooled = np.asarray(compiled(name)(features, logits, mask=mask)[0], np.float64)
+        cells = np.where(np.asarray(mask)[..., None], np.asarray(features, np.float64), np.nan)
+        slack = 4 * TOLERANCE[dtype]["rtol"] * np.nanmax(np.abs(cells))
+        assert (np.nanmin(cells, axis=(1, 2)) - slack <= pooled).all()
+        assert (pooled <= np.nanmax(cells, axis=(1, 2)) + slack).all()
+
+
+@EVERY_POOLING
 def test_several_maps_pool_as_each_alone(name):
     features, _ = draw(8)
     logits = jnp.asarray(np.random.default_rng(8).normal(size=(B, H, W, 4)), jnp.float32)
