@@ -27,7 +27,7 @@ RANGES = {
     "train.label_smoothing": (0, 1),
     "train.gce_exponent": (0.01, 1),
     "train.attention_negative_weight": (0, None),
-    "data.num_threads": (1, MAX_READERS),
+    "data.num_threads": (0, MAX_READERS),
     "data.num_workers": (0, MAX_READERS),
     "data.phantom.num_patients": (1, MAX_PATIENTS),
     "optimizer.learning_rate": (0, 1e30),

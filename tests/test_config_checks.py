@@ -32,6 +32,12 @@ def test_values_out_of_range(name):
             check_config(config, min_size=32)
 
 
+def test_reading_in_the_main_thread_is_no_mistake():
+    config = dense121.get_config()
+    config.data.num_threads = 0
+    check_config(config, min_size=32)
+
+
 def test_nan_rate():
     config = dense121.get_config()
     config.optimizer.learning_rate = float("nan")
