@@ -17,14 +17,12 @@ from cxa_jax.statistics import (
     INTERVAL_MAKERS,
     NUM_RESAMPLES,
     Interval,
+    allow_for_limits,
     bootstrap_means,
     bootstrap_p_value,
-    bound_calibration_bias,
     count_patients,
-    lower_by_bias,
     make_interval,
     resample_patients,
-    widen_certainty,
 )
 from cxa_jax.weighted_statistics import compute_weighted_statistics
 
@@ -96,10 +94,7 @@ def bootstrap_group(
             interval = combine(SeedSamples(each, resampled, units), level, bounds=(0.0, 1.0))
         else:
             interval = INTERVAL_MAKERS.get(name, make_interval)(each[0], mean, level, units)
-        if name == "calibration_error":
-            bias = np.mean([bound_calibration_bias(labels, np.asarray(run), patients) for run in scores])
-            interval = lower_by_bias(interval, float(bias))
-        interval = widen_certainty(interval, units)
+        interval = allow_for_limits(name, interval, labels, scores, patients)
         sd = float(each.std(ddof=1)) if len(each) > 1 else math.nan
         group[name] = GroupStatistic(tuple(each.tolist()), sd, interval, mean, units)
     return group

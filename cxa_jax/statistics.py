@@ -162,6 +162,22 @@ def widen_certainty(interval: Interval, num_patients: int) -> Interval:
     return replace(interval, high=room) if interval.estimate == 0 else replace(interval, low=1 - room)
 
 
+def allow_for_limits(
+    name: str, interval: Interval, labels: ArrayLike, runs: Sequence[ArrayLike], patients: ArrayLike | None
+) -> Interval:
+    """Return the interval of a statistic of some runs with what their resamples cannot show.
+
+    A share of none or all has a width (`widen_certainty`), and a calibration error is too high (`lower_by_bias`).
+    """
+    interval = widen_certainty(interval, count_patients(labels, patients))
+    if name != "calibration_error":
+        return interval
+    labels = np.asarray(labels)
+    return lower_by_bias(
+        interval, float(np.mean([bound_calibration_bias(labels, np.asarray(run), patients) for run in runs]))
+    )
+
+
 def bootstrap_p_value(samples: np.ndarray, num_patients: int) -> float:
     """Return the p-value of no difference that inverts `make_interval`; samples [R] are resampled differences.
 
@@ -207,14 +223,10 @@ def bootstrap_intervals(
     samples = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in statistics}
     units = count_patients(labels, patients)
     intervals = {
-        name: widen_certainty(
-            INTERVAL_MAKERS.get(name, make_interval)(estimates[name][0], samples[name], level, units), units
-        )
+        name: INTERVAL_MAKERS.get(name, make_interval)(estimates[name][0], samples[name], level, units)
         for name in statistics
     }
-    if (name := "calibration_error") in intervals:
-        intervals[name] = lower_by_bias(intervals[name], bound_calibration_bias(labels, scores, patients))
-    return intervals
+    return {name: allow_for_limits(name, value, labels, [scores], patients) for name, value in intervals.items()}
 
 
 def bootstrap_interval(

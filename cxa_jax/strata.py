@@ -50,7 +50,7 @@ def find_strata(labels: ArrayLike, attributes: Mapping[str, np.ndarray]) -> list
         strata.append(Stratum("positives", "cardiomegaly alone", alone | (labels == 0)))
         told = np.array([value not in NO_FINDINGS for value in findings])
         strata.append(Stratum("positives", "with other findings", (~alone & told) | (labels == 0)))
-        others = np.array([value not in NO_FINDINGS and "cardiomegaly" not in value for value in findings])
+        others = told & np.array(["cardiomegaly" not in value for value in findings])
         if others[labels == 0].any():
             strata.append(Stratum("negatives", "no finding", ~others | (labels == 1)))
             strata.append(Stratum("negatives", "other findings", others | (labels == 1)))

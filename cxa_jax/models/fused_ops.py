@@ -187,12 +187,16 @@ def undo_conv_3x3(saved, g):
 def _shifts(g):
     """[B, H, W, D] -> [B, H, W, 9 D], S of `conv_3x3`: the three shifts of columns, then the three of rows of those."""
     for axis in (2, 1):
-        first, last = ([(int(own == axis), 0)[::step] for own in range(4)] for step in (1, -1))
         size = g.shape[axis]
-        after = jnp.pad(lax.slice_in_dim(g, 1, size, axis=axis), last)
-        before = jnp.pad(lax.slice_in_dim(g, 0, size - 1, axis=axis), first)
+        after = _pad(lax.slice_in_dim(g, 1, size, axis=axis), axis, (0, 1))
+        before = _pad(lax.slice_in_dim(g, 0, size - 1, axis=axis), axis, (1, 0))
         g = jnp.concatenate([after, g, before], axis=-1)
     return g
+
+
+def _pad(x, axis, zeros):
+    """Put (before, after) zeros at the ends of one axis."""
+    return jnp.pad(x, [zeros if own == axis else (0, 0) for own in range(x.ndim)])
 
 
 conv_3x3.defvjp(lambda x, kernel: (conv_3x3(x, kernel), (x, kernel)), undo_conv_3x3)
