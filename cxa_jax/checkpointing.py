@@ -3,12 +3,15 @@
 `checkpoints/best/STEP` is the state of the lowest dev loss, `checkpoints/latest/STEP` the newest to resume from. Each
 holds four items: `params` (alone, so that evaluation reads no more), `batch_stats`, `opt_state`, and `meta` (JSON: all
 that the host knows: epoch, plateau, early stop, iterator, root key, config, data fingerprint, history; and SHA-256 of
-every item, compared whenever one is read).
+every item, compared whenever one is read). A state that is written once more, as after a signal on the dev split, first
+moves to `checkpoints/best.replaced/BY/STEP`; the next start puts it back if what was to replace it was never finished.
 """
 
 import contextlib
 import logging
+import os
 import pathlib
+import shutil
 import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -19,6 +22,7 @@ import orbax.checkpoint as ocp
 
 from cxa_jax.array_types import PyTree
 from cxa_jax.digests import digest_arrays, digest_json
+from cxa_jax.distributed import barrier, is_first
 from cxa_jax.errors import UserError
 from cxa_jax.sharding import put
 from cxa_jax.train_state import TrainState
@@ -41,6 +45,9 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path, kind: str, *, num_kept: int = 2, read_only: bool = False):
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints" / kind
+        self._replaced = self.directory.with_name(f"{kind}.replaced")
+        if not read_only:
+            self._put_back()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else num_kept,
             cleanup_tmp_directories=not read_only,  # a reader must not take away what a running process is writing
@@ -57,6 +64,15 @@ class Checkpoints:
         self.wait()
         self._manager.close()
 
+    def _put_back(self) -> None:
+        """Undo every replacement that a killed process, or a full disk, did not let end."""
+        if is_first():
+            for path in self._replaced.glob("*/*"):
+                if not (self.directory / path.parent.name).exists():  # orbax names a checkpoint when it is whole
+                    os.replace(path, self.directory / path.name)
+            shutil.rmtree(self._replaced, ignore_errors=True)
+        barrier("put back")
+
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Write `state` and `meta` under the state's step, in the background; a crash leaves the former ones whole.
 
@@ -67,11 +83,9 @@ class Checkpoints:
         arrays = {name: getattr(state, name) for name in ARRAYS}
         digests = {name: digest_arrays(tree) for name, tree in arrays.items()} | {"meta": digest_json([step, meta])}
         with self._naming_failure():
-            for stale in self._manager.all_steps():
-                # A run that was cut after its best was written and before its latest comes by here again.
-                if stale >= step:
-                    self._manager.wait_until_finished()
-                    self._manager.delete(stale)
+            self._drop_replaced()
+            # A run that was cut after its best was written and before its latest comes by here again.
+            self._set_aside([stale for stale in self._manager.all_steps() if stale >= step], step)
             items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
             items["meta"] = ocp.args.JsonSave(meta | {DIGESTS: digests})
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -84,6 +98,29 @@ class Checkpoints:
         """
         with self._naming_failure():
             self._manager.wait_until_finished()
+            self._drop_replaced()
+
+    def _set_aside(self, steps: list[int], by: int) -> None:
+        """Make room for a state that replaces others; until it is whole they are not gone."""
+        if not steps:
+            return
+        self._manager.wait_until_finished()
+        if is_first():
+            (self._replaced / str(by)).mkdir(parents=True, exist_ok=True)
+            for step in steps:
+                os.replace(self.directory / str(step), self._replaced / str(by) / str(step))
+        barrier("set aside")
+        self._manager.reload()
+
+    def _drop_replaced(self) -> None:
+        if not is_first() or not self._replaced.is_dir():
+            return
+        self._manager.wait_until_finished()
+        for replaced in self._replaced.iterdir():
+            if (self.directory / replaced.name).exists():
+                shutil.rmtree(replaced)
+        if not any(self._replaced.iterdir()):
+            self._replaced.rmdir()
 
     def steps(self) -> list[int]:
         """Return the steps of finished checkpoints, newest first."""

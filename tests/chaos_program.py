@@ -54,7 +54,6 @@ def find_place(name: str):
         "index": (datasets.np, "savez_compressed"),
         "replace": (atomic_files.os, "replace"),  # every small file, between written and in its place
         "save": (ocp.CheckpointManager, "save"),  # a checkpoint, its background thread included
-        "delete": (ocp.CheckpointManager, "delete"),
         "events": (metric_writer.EventsWriter, "write_event"),
     }[name]
 

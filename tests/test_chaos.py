@@ -1,4 +1,4 @@
-"""A real training process, killed by SIGKILL anywhere, goes on by the same command as if nothing had happened."""
+"""A real training process, stopped anywhere, by SIGKILL or SIGTERM, goes on as if nothing had happened."""
 
 import csv
 import json
@@ -20,6 +20,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from cxa_jax import run as run_module
 from cxa_jax.checkpointing import Checkpoints
+from cxa_jax.interruption import RESUMABLE
 
 PROGRAM = pathlib.Path(__file__).with_name("chaos_program.py")
 # Where a process may kill itself, and how many of its calls to choose from.
@@ -37,17 +38,20 @@ class Trial:
         self.command = [sys.executable, str(PROGRAM), f"--config={config}", f"--workdir={self.workdir}"]
         self.command.append(f"--config.data.data_dir={folder / 'data'}")
 
-    def start(self, chaos: str = "", kill_after_s: float | None = None) -> int:
-        """Give the command, kill it from outside after a time if asked, and return its exit status."""
+    def start(self, chaos: str = "", after_s: float | None = None, number: int = signal.SIGKILL) -> int:
+        """Give the command, send it a signal after a time if asked, and return its exit status."""
         self.num_starts += 1
         environment = os.environ | ({"CHAOS": chaos} if chaos else {})
         process = subprocess.Popen(self.command, env=environment, stderr=subprocess.PIPE, text=True)
         try:
-            _, self.messages = process.communicate(timeout=kill_after_s or 300)
+            _, self.messages = process.communicate(timeout=after_s or 300)
         except subprocess.TimeoutExpired:
-            process.kill()
-            _, self.messages = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), f"{chaos} {kill_after_s}:\n{self.messages[-3000:]}"
+            process.send_signal(number)
+            _, self.messages = process.communicate(timeout=60)
+        # As Python itself starts nothing can answer a signal yet.
+        expected = {-signal.SIGKILL} if number == signal.SIGKILL else {RESUMABLE, -number}
+        assert process.returncode in {0} | expected, f"{chaos} {after_s} {number}:\n{self.messages[-3000:]}"
+        assert "Traceback" not in self.messages, self.messages[-3000:]
         return process.returncode
 
 
@@ -79,7 +83,7 @@ def assert_same(uncut: Trial, trial: Trial):
     assert losses == [(int(row["step"]), np.float32(row["dev_loss"])) for row in rows]
     sessions = json.loads((trial.workdir / "environment.json").read_text())
     assert 1 <= len(sessions) <= trial.num_starts
-    assert not [path for name in ("*checkpoint-tmp*", "*.tmp") for path in trial.workdir.rglob(name)]
+    assert not [path for name in ("*checkpoint-tmp*", "*.tmp", "*.replaced") for path in trial.workdir.rglob(name)]
     assert not list((trial.workdir.parent / "data").rglob("incomplete.*"))
 
 
@@ -115,16 +119,38 @@ def test_killed_run_equals_uncut_run(uncut, tmp_path):
     assert_same(uncut, trial)
 
 
+def test_a_notice_in_the_middle_of_training_saves(uncut, tmp_path):
+    trial = Trial(tmp_path)
+    process = subprocess.Popen(trial.command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(trial.workdir.glob("checkpoints/latest/[0-9]*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.terminate()
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode == RESUMABLE and "stopped by SIGTERM; the same command goes on" in messages, messages
+    assert list_steps(trial.workdir, "latest")
+    trial.num_starts = 1
+    assert trial.start() == 0 and "resuming" in trial.messages
+    assert_same(uncut, trial)
+
+
 @pytest.mark.slow
 def test_a_hundred_kills(uncut, tmp_path):
-    """Half by a clock outside, anywhere in a process' life; half from inside a write. Then to the end, undisturbed."""
+    """By a clock outside, anywhere in a process' life; or from inside a write. Then to the end, undisturbed.
+
+    Between them notices by SIGTERM, which save a state that a kill may then meet as it is replaced.
+    """
     rng, num_kills, num_trials = random.Random(time.time_ns()), 0, 0
     life_s = _measure_life(Trial(tmp_path / "measured"))
     while num_kills < NUM_KILLS:
         trial = Trial(tmp_path / f"trial{num_trials}")
         num_trials += 1
-        status, from_inside = None, 0
+        status, from_inside, noticed = None, 0, 0
         while status != 0 and num_kills < NUM_KILLS:
+            if rng.random() < 0.2:
+                status = trial.start(after_s=rng.random() * life_s, number=signal.SIGTERM)
+                noticed += status != 0
+                continue
             if rng.random() < 0.5:
                 place = rng.choice(list(PLACES))
                 status = trial.start(
@@ -132,12 +158,14 @@ def test_a_hundred_kills(uncut, tmp_path):
                 )
                 from_inside += status != 0
             else:
-                status = trial.start(kill_after_s=rng.random() * life_s)
+                status = trial.start(after_s=rng.random() * life_s)
             num_kills += status != 0
         if status != 0:
             assert trial.start() == 0
         print(
-            f"{trial.num_starts} starts, {from_inside} killed from inside a write; {num_kills} kills so far", flush=True
+            f"{trial.num_starts} starts, {from_inside} killed from inside a write, {noticed} by SIGTERM; "
+            f"{num_kills} kills so far",
+            flush=True,
         )
         assert_same(uncut, trial)
 

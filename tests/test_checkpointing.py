@@ -57,6 +57,47 @@ def test_only_the_newest_are_kept_and_a_redone_step_replaces_itself(tmp_path):
         assert checkpoints.read_meta() == {"try": 2}
 
 
+@pytest.mark.parametrize("how", ["killed", "full disk"])
+def test_a_state_is_kept_until_what_replaces_it_is_whole(tmp_path, monkeypatch, how):
+    """Step 3 was saved by a signal on the dev split; it is written once more, and that does not end."""
+    with Checkpoints(tmp_path, "latest") as checkpoints:
+        for step in (2, 3):
+            checkpoints.save(make_state(step), {"try": 1})
+
+    def fail(*_, **__):
+        raise KeyboardInterrupt if how == "killed" else OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("orbax.checkpoint.CheckpointManager.save", fail)
+        with pytest.raises(KeyboardInterrupt if how == "killed" else UserError):
+            with Checkpoints(tmp_path, "latest") as checkpoints:
+                checkpoints.save(make_state(3), {"try": 2})
+    assert not (tmp_path / "checkpoints/latest/3").exists()
+    with Checkpoints(tmp_path, "latest") as checkpoints:
+        assert checkpoints.steps() == [3, 2] and checkpoints.read_meta() == {"try": 1}
+        state, _ = checkpoints.restore(abstract(make_state(0)))
+        jax.tree.map(np.testing.assert_array_equal, state, make_state(3))
+        checkpoints.save(make_state(3), {"try": 2})
+    with Checkpoints(tmp_path, "latest", read_only=True) as checkpoints:
+        assert checkpoints.steps() == [3, 2] and checkpoints.read_meta() == {"try": 2}
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["latest"]
+
+
+def test_a_replacement_that_ended_is_not_undone(tmp_path):
+    """Killed between the new state's last byte and the end of the old one."""
+    with Checkpoints(tmp_path, "best") as checkpoints:
+        checkpoints.save(make_state(5), {"try": 1})
+    aside = tmp_path / "checkpoints/best.replaced/3"
+    aside.mkdir(parents=True)
+    (tmp_path / "checkpoints/best/5").rename(aside / "5")
+    with Checkpoints(tmp_path / "other", "best") as checkpoints:
+        checkpoints.save(make_state(3), {"try": 2})
+    (tmp_path / "other/checkpoints/best/3").rename(tmp_path / "checkpoints/best/3")
+    with Checkpoints(tmp_path, "best") as checkpoints:
+        assert checkpoints.steps() == [3] and checkpoints.read_meta() == {"try": 2}
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["best"]
+
+
 def test_variables_alone(tmp_path):
     state = make_state(3)
     with Checkpoints(tmp_path, "best") as checkpoints:
