@@ -8,11 +8,14 @@ python launch.py --mode=predict --workdir=runs/a --inputs=xrays/     one's own i
 import importlib
 import pathlib
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
 
 from cxa_jax.console import command_exits, log_to_console, shorten_traceback
+from cxa_jax.interruption import held_back
 from cxa_jax.usage import MODES, format_help
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config: FILE[:VARIANT,...], see configs/.", lock_config=True)
@@ -43,9 +46,15 @@ def main(argv: list[str]) -> None:
     given |= {"inputs": INPUTS.value + argv[1:], "output": OUTPUT.value}
     processes = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, DISTRIBUTED.value == "auto", MODE.value)
     with command_exits():
-        importlib.import_module("cxa_jax.runtime").set_up_runtime()  # here, so that --help does not wait for jax
-        with importlib.import_module("cxa_jax.distributed").joined(*processes):
-            getattr(importlib.import_module(module), function)(*(given[name] for name in mode.arguments))
+        load("cxa_jax.runtime", "set_up_runtime")()
+        with load("cxa_jax.distributed", "joined")(*processes):
+            load(module, function)(*(given[name] for name in mode.arguments))
+
+
+def load(module: str, name: str) -> Callable[..., Any]:
+    """Import late, so that --help does not wait for jax, and whole: a signal in the middle would break libraries."""
+    with held_back():
+        return getattr(importlib.import_module(module), name)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -74,12 +74,27 @@ def end_on_signal() -> Iterator[None]:
     threading.Thread(target=_watch, args=(reader,), daemon=True).start()
     try:
         yield
+    except Exception as error:
+        if _is_behind(error):
+            raise Interrupted(_notice.asked) from error
+        raise
     finally:
         signal.set_wakeup_fd(former_fd)
         for number, handler in former.items():
             signal.signal(number, handler)
         os.close(writer)  # ends the thread
         _notice.asked = None
+
+
+def _is_behind(error: BaseException | None) -> bool:
+    """Tell whether Interrupted is what another error rests on: modules in C make an ImportError of it, for one."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, Interrupted):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _handle(number: int, _: object) -> None:

@@ -52,6 +52,21 @@ def test_no_exception_handler_swallows_it():
     assert not issubclass(Interrupted, Exception)
 
 
+@pytest.mark.parametrize("how", ["cause", "context"])
+def test_an_error_that_a_library_made_of_it_is_taken_for_what_it_is(how):
+    with pytest.raises(Interrupted, match="SIGTERM"), end_on_signal():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except Interrupted as notice:
+            raise ImportError("initialization failed") from (notice if how == "cause" else None)
+
+
+def test_an_error_of_its_own_stays_one():
+    with pytest.raises(ImportError), end_on_signal():
+        raise ImportError("no such module") from ValueError("unlike a signal")
+
+
 PROGRAM = """
 import time
 from cxa_jax import console
