@@ -45,7 +45,6 @@ def command_exits() -> Iterator[None]:
 
     0: done. 1: one message says what to change. 75: a signal stopped it, and the same command goes on.
     """
-    sys.unraisablehook = _hide_closed_loops
     try:
         with end_on_signal():
             yield
@@ -54,12 +53,6 @@ def command_exits() -> Iterator[None]:
     except Interrupted as notice:
         print(f"stopped by {notice}; the same command goes on (exit status {RESUMABLE})", file=sys.stderr)
         sys.exit(RESUMABLE)
-
-
-def _hide_closed_loops(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Drop what tensorstore calls back into a loop that orbax has closed, as after a failed save; tell the rest."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
 
 
 def shorten_traceback(error: Exception) -> str:

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ class _Notice:
 
     asked: str | None = None  # the signal's name
     num_holders: int = 0
+    swallowed: bool = False  # Interrupted was raised where Python drops exceptions
+    num_own: int = 0  # signals that this module sends after that, and that are no second notice
 
 
 _notice = _Notice()
@@ -66,7 +69,8 @@ def end_on_signal() -> Iterator[None]:
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    _notice.asked, _notice.num_holders = None, 0
+    _notice.asked, _notice.num_holders, _notice.swallowed, _notice.num_own = None, 0, False, 0
+    former_hook, sys.unraisablehook = sys.unraisablehook, _ask_again
     former_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     former = {
         number: signal.signal(number, _handle) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN
@@ -79,6 +83,7 @@ def end_on_signal() -> Iterator[None]:
             raise Interrupted(_notice.asked) from error
         raise
     finally:
+        sys.unraisablehook = former_hook
         signal.set_wakeup_fd(former_fd)
         for number, handler in former.items():
             signal.signal(number, handler)
@@ -97,9 +102,32 @@ def _is_behind(error: BaseException | None) -> bool:
     return False
 
 
+def _ask_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Raise Interrupted once more where it was dropped, as in a callback of the garbage collector."""
+    if not isinstance(unraisable.exc_value, Interrupted):
+        _tell_unraisable(unraisable)
+        return
+    _notice.swallowed = True
+    number = signal.Signals[str(unraisable.exc_value)]
+    threading.Thread(target=_send_again, args=(number,), daemon=True).start()
+
+
+def _send_again(number: int) -> None:
+    time.sleep(0.05)  # the callback is over then
+    _notice.num_own += 1
+    signal.pthread_kill(threading.main_thread().ident, number)  # a real one, which ends a sleep too
+
+
+def _tell_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Drop what tensorstore calls back into a loop that orbax has closed, as after a failed save; tell the rest."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def _handle(number: int, _: object) -> None:
-    if _notice.asked:
+    if _notice.asked and not _notice.swallowed:
         return  # what the first one started must not be cut by its echo
+    _notice.swallowed = False
     _notice.asked = signal.Signals(number).name
     if not _notice.num_holders:
         check()
@@ -111,6 +139,9 @@ def _watch(reader: int) -> None:
     with os.fdopen(reader, "rb", buffering=0) as numbers:
         while byte := numbers.read(1):
             if byte[0] not in SIGNALS:
+                continue
+            if _notice.num_own:
+                _notice.num_own -= 1
                 continue
             if first is None:
                 first = time.monotonic()

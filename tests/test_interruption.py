@@ -1,5 +1,6 @@
 """Signals: the first raises or waits to be asked for, its echo does nothing, a later one ends the process at once."""
 
+import gc
 import os
 import pathlib
 import signal
@@ -60,6 +61,37 @@ def test_an_error_that_a_library_made_of_it_is_taken_for_what_it_is(how):
             time.sleep(5)
         except Interrupted as notice:
             raise ImportError("initialization failed") from (notice if how == "cause" else None)
+
+
+def test_a_notice_that_python_drops_is_raised_again():
+    """In a callback of the garbage collector every exception is ignored: JAX has one."""
+
+    def stop(phase, _):
+        if phase == "start" and not is_asked():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    passed, start = [], time.monotonic()
+    gc.callbacks.append(stop)
+    try:
+        with pytest.raises(Interrupted, match="SIGTERM"), end_on_signal():
+            gc.collect()
+            passed.append(True)
+            time.sleep(20)
+    finally:
+        gc.callbacks.remove(stop)
+    assert passed and time.monotonic() - start < 10
+
+
+def test_another_error_that_python_drops_is_told(capsys):
+    class Bad:
+        def __del__(self):
+            raise ValueError("in a destructor")
+
+    with end_on_signal():
+        Bad()
+        gc.collect()
+    assert "in a destructor" in capsys.readouterr().err
 
 
 def test_an_error_of_its_own_stays_one():
