@@ -66,7 +66,8 @@ def score_weights(run: Run, test: Predictions) -> dict[str, np.ndarray]:
         return {"boxed_patient": patients}
     geometry = {"stride": run.model.backbone.stride, "offset": run.model.backbone.offset, "rule": RULE}
     size, maps = run.dataset.image_size, test.weights[boxed.rows]
-    scored = {"weights": score_maps(maps, boxed.boxes, patients, size, scaling="positive", **geometry)}
+    geometry["scaling"] = "positive"
+    scored = {"weights": score_maps(maps, boxed.boxes, patients, size, **geometry)}
     scored |= score_controls(boxed.boxes, patients, size, maps.shape[1:], seed=run.config.seed, **geometry)
     columns = {"boxed_patient": patients}
     for name, scores in scored.items():

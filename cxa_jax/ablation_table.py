@@ -10,6 +10,7 @@ from cxa_jax.seed_comparison import SeedSamples, combine, compare, sample_auroc,
 
 METRICS = ("auroc", "pointing", "energy_ratio", "mean_iou")
 BOUNDS = dict.fromkeys(METRICS, (0.0, 1.0)) | {"energy_ratio": (0.0, np.inf)}
+SHARES = ("pointing", "mean_iou")
 REFERENCES = ("amm", "gap")
 CONTROLS = ("random_map", "image_centre", "median_box")
 POOLED = {  # by config.model.attended: what AMM and GAP average, besides the weights
@@ -111,7 +112,8 @@ def _describe_data(columns: dict[str, np.ndarray], facts: dict[str, Any]) -> dic
 def _describe(samples: SeedSamples | None, metric: str) -> dict[str, Any] | None:
     if samples is None:
         return None
-    return {"per_seed": samples.estimates.tolist()} | dataclasses.asdict(combine(samples, bounds=BOUNDS[metric]))
+    interval = combine(samples, bounds=BOUNDS[metric], is_share=metric in SHARES)
+    return {"per_seed": samples.estimates.tolist()} | dataclasses.asdict(interval)
 
 
 def describe_step(name: str, step_times: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -12,16 +12,10 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from cxa_jax.errors import UserError
+from cxa_jax.intervals import Interval, bootstrap_p_value, make_interval
 from cxa_jax.metrics import check_labels_and_scores
-from cxa_jax.statistics import (
-    NUM_RESAMPLES,
-    Interval,
-    bootstrap_p_value,
-    compute_weighted_statistics,
-    count_patients,
-    make_interval,
-    resample_patients,
-)
+from cxa_jax.statistics import NUM_RESAMPLES, count_patients, resample_patients
+from cxa_jax.weighted_statistics import compute_weighted_statistics
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,23 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cxa_jax.comparison import PairedTest, compute_delong_test
+from cxa_jax.intervals import (
+    SHARES,
+    Interval,
+    bootstrap_p_value,
+    lower_by_bias,
+    make_count_interval,
+    make_interval,
+    make_interval_of,
+    make_share_interval,
+)
 from cxa_jax.seed_comparison import SeedSamples, combine, make_t_interval
 from cxa_jax.statistics import (
-    INTERVAL_MAKERS,
     NUM_RESAMPLES,
-    Interval,
-    allow_for_limits,
     bootstrap_means,
-    bootstrap_p_value,
     count_patients,
-    make_interval,
     resample_patients,
+    sample_means,
 )
 from cxa_jax.weighted_statistics import compute_weighted_statistics
 
@@ -91,19 +97,29 @@ def bootstrap_group(
         each, resampled = values[name][:, 0], np.concatenate([chunk[name] for chunk in chunks], axis=1)
         mean = resampled.mean(axis=0)
         if len(each) > 1:
-            interval = combine(SeedSamples(each, resampled, units), level, bounds=(0.0, 1.0))
+            interval = combine(SeedSamples(each, resampled, units), level, (0.0, 1.0), is_share=name in SHARES)
         else:
-            interval = INTERVAL_MAKERS.get(name, make_interval)(each[0], mean, level, units)
-        interval = allow_for_limits(name, interval, labels, scores, patients)
+            interval = make_interval_of(name, each[0], mean, level, units)
+        if name == "calibration_error":
+            interval = lower_by_bias(interval, labels, scores, patients)
         sd = float(each.std(ddof=1)) if len(each) > 1 else math.nan
         group[name] = GroupStatistic(tuple(each.tolist()), sd, interval, mean, units)
     return group
 
 
+# Kinds of per-image values: the rule for their mean in one run, and the least and the largest mean there can be.
+MEAN_KINDS = {
+    "share": (make_share_interval, (0.0, 1.0)),
+    "count": (make_count_interval, (0.0, math.inf)),
+    "ratio": (make_interval, (0.0, math.inf)),
+    "difference": (make_interval, (-1.0, 1.0)),  # of two shares
+}
+
+
 def bootstrap_group_means(
     runs: Sequence[Mapping[str, ArrayLike]],
     patients: ArrayLike,
-    bounds: Mapping[str, tuple[float, float]],
+    kinds: Mapping[str, str],
     *,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
@@ -114,27 +130,24 @@ def bootstrap_group_means(
     Args:
         runs: for each run name -> [N], all of the same images; nan where not defined.
         patients: [N].
-        bounds: name -> least and largest mean there can be.
+        kinds: name -> one of MEAN_KINDS.
     """
-    options = {"num_resamples": num_resamples, "seed": seed}
     if len(runs) == 1 or not len(np.asarray(patients)):  # without an image nothing is defined
-        return bootstrap_means(runs[0], patients, level=level, **options)
-    names = list(runs[0])
-    values = np.array([[run[name] for name in names] for run in runs], np.float64)  # [S, K, N]
-    defined = np.isfinite(values)
-    filled = np.where(defined, values, 0.0)
-
-    def means(weights: np.ndarray) -> np.ndarray:
-        total, count = filled @ weights.T, defined.astype(np.float64) @ weights.T
-        return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
-
-    estimates = means(np.ones((1, values.shape[2])))[..., 0]
-    chunks = resample_patients(patients, values.shape[2], num_resamples, seed)
-    resampled = np.concatenate([means(weights) for weights in chunks], axis=2)
-    units = len(np.unique(patients))
+        makers = {name: MEAN_KINDS[kind][0] for name, kind in kinds.items()}
+        return bootstrap_means(runs[0], patients, makers, num_resamples=num_resamples, seed=seed, level=level)
+    sampled = [
+        sample_means(np.stack([run[name] for name in kinds], axis=1), patients, num_resamples, seed) for run in runs
+    ]
+    estimates, resampled = (np.stack([part[index] for part in sampled]) for index in (0, 1))  # [S, K], [S, K, R]
+    units = np.max([part[2] for part in sampled], axis=0)
     return {
-        name: combine(SeedSamples(estimates[:, k], resampled[:, k], units), level, bounds[name])
-        for k, name in enumerate(names)
+        name: combine(
+            SeedSamples(estimates[:, k], resampled[:, k], int(units[k])),
+            level,
+            MEAN_KINDS[kind][1],
+            is_share=kind == "share",
+        )
+        for k, (name, kind) in enumerate(kinds.items())
     }
 
 

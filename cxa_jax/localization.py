@@ -10,10 +10,20 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cxa_jax.boxes import check_boxes, compute_coverage, compute_iobb, compute_iou, compute_median_boxes, contains
+from cxa_jax.boxes import (
+    check_boxes,
+    compute_coverage,
+    compute_iobb,
+    compute_iou,
+    compute_median_boxes,
+    contains,
+    round_boxes,
+)
 from cxa_jax.errors import UserError
+from cxa_jax.group_statistics import bootstrap_group_means
 from cxa_jax.heat_maps import compute_cell_centers, detect_boxes, height_and_width, scale_map, upsample_maps
-from cxa_jax.statistics import NUM_RESAMPLES, Interval, bootstrap_means
+from cxa_jax.intervals import Interval
+from cxa_jax.statistics import NUM_RESAMPLES
 
 IOU_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 IOBB_THRESHOLDS = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -169,13 +179,15 @@ def score_controls(
     offset: float,
     rule: str | float,
     *,
+    scaling: str = "min_max",
     seed: int | np.random.Generator = 0,
 ) -> dict[str, LocalizationScores]:
-    """Score what looks at no image, to be printed beside every model.
+    """Score what looks at no image, and what a grid allows, to be printed beside every model.
 
     Returns:
         'median_box': the median box of the other patients; 'image_centre': points at the centre (only `pointing` is
-        defined); 'random_map': independent uniform cells on the model's grid, taken the model's way.
+        defined); 'random_map': independent uniform cells in [0, 1] on the model's grid, taken the model's way;
+        'grid_box': the true box rounded to whole cells (`round_boxes`), about the best that they can say.
     """
     height, width = height_and_width(image_size)
     boxes, patients = check_boxes(boxes, height, width), np.asarray(patients)
@@ -185,7 +197,8 @@ def score_controls(
     return {
         "median_box": score_boxes(compute_median_boxes(boxes, patients), boxes, patients),
         "image_centre": replace(nowhere, pointing=centre),
-        "random_map": score_maps(random_maps, boxes, patients, (height, width), stride, offset, rule),
+        "random_map": score_maps(random_maps, boxes, patients, (height, width), stride, offset, rule, scaling=scaling),
+        "grid_box": score_boxes(round_boxes(boxes, map_size, (height, width)), boxes, patients),
     }
 
 
@@ -203,8 +216,16 @@ def summarize(
         mean number of boxes that do not (AFP, Wang et al. 2017); pointing; energy_ratio; heart_energy_ratio;
         miss_rate. nan where no image defines the value.
     """
-    columns = compute_columns(scores)
-    return bootstrap_means(columns, scores.patients, num_resamples=num_resamples, seed=seed, level=level)
+    columns, options = compute_columns(scores), {"num_resamples": num_resamples, "seed": seed, "level": level}
+    kinds = {name: find_kind(name) for name in columns}
+    return bootstrap_group_means([columns], scores.patients, kinds, **options)
+
+
+def find_kind(metric: str) -> str:
+    """Return the kind of a metric's per-image values, one of `group_statistics.MEAN_KINDS`."""
+    if metric.startswith("false_positives"):
+        return "count"
+    return "ratio" if metric in ("energy_ratio", "heart_energy_ratio") else "share"
 
 
 def compute_columns(scores: LocalizationScores) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ import io
 import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -13,16 +13,18 @@ import numpy as np
 
 from cxa_jax.errors import UserError
 from cxa_jax.group_statistics import bootstrap_group_means
-from cxa_jax.localization import IOBB_THRESHOLDS, LocalizationScores, compute_columns
+from cxa_jax.intervals import Interval
+from cxa_jax.localization import IOBB_THRESHOLDS, LocalizationScores, compute_columns, find_kind
 from cxa_jax.workdir import write_atomically
 
 FALSE_POSITIVES = tuple(f"false_positives_iobb_{threshold:g}" for threshold in IOBB_THRESHOLDS)
 SCALARS = ("num_boxes", "iou", "iobb", "pointing", "energy_ratio", "heart_energy_ratio")
 BOX = ("x", "y", "w", "h")
 COLUMNS = ("map", "rule", "id", "patient", "predicted_positive", *SCALARS, *FALSE_POSITIVES, *BOX)
-RATIOS_AND_COUNTS = ("energy_ratio", "heart_energy_ratio", "false_positives")  # the other metrics are in [0, 1]
 SETS = ("all_boxed", "predicted_positives")
-CONTROLS = ("median_box", "image_centre", "random_map")
+CONTROLS = ("median_box", "image_centre", "random_map", "grid_box")
+LEADING = ("attention", "evidence")  # the map that answers for a model, fixed before any is scored: the first it has
+GAIN = "iou_above_median_box"  # a map's IoU less that of the box which sees no image, of the same images
 TUNED = "phantom_tuned"  # the rule whose level was tuned on phantoms, for each map its own
 RANDOM_WEIGHTS = "random_weights_"  # and the map's name: the same map of a freshly initialised network
 
@@ -55,6 +57,12 @@ class LocalizationTable:
 def is_control(name: str) -> bool:
     """Tell whether a map's name is that of a control."""
     return name in CONTROLS or name.startswith(RANDOM_WEIGHTS)
+
+
+def find_leading_map(names: Iterable[str]) -> str | None:
+    """Return the map that a model is judged by, so that none is picked by its score; None if there is none."""
+    own = [name for name in names if not is_control(name)]
+    return next((name for name in (*LEADING, *own) if name in own), None)
 
 
 def write_localization(path: pathlib.Path, table: LocalizationTable) -> None:
@@ -110,8 +118,9 @@ def summarize_tables(tables: Sequence[LocalizationTable], *, num_resamples: int,
 
     Returns:
         set ('all_boxed', 'predicted_positives') -> {num_images, num_patients, rules}, where rules is
-        rule -> map -> metric -> {estimate, low, high}. Several runs give the mean over runs, with the variance between
-        seeds in its interval.
+        rule -> map -> metric -> {estimate, low, high}, or None where nothing is defined, such as the overlap of a
+        centre. The metrics are `localization.compute_columns`, and of maps `GAIN`. Several runs give the mean over
+        runs, with the variance between seeds in its interval.
 
     Raises:
         UserError: the runs have other boxed images.
@@ -124,22 +133,33 @@ def summarize_tables(tables: Sequence[LocalizationTable], *, num_resamples: int,
         keeps = [np.ones(len(t.ids), bool) if which == "all_boxed" else t.predicted_positive for t in tables]
         either = np.any(keeps, axis=0)
         rules: dict[str, dict[str, Any]] = {}
-        for name, rule in first.scores:
+        for key in first.scores:
             runs = [
-                {metric: np.where(keep, values, np.nan)[either] for metric, values in compute_columns(scores).items()}
-                for keep, scores in zip(keeps, (table.scores[name, rule] for table in tables), strict=True)
+                {metric: np.where(keep, values, np.nan)[either] for metric, values in _columns(table, *key).items()}
+                for keep, table in zip(keeps, tables, strict=True)
             ]
-            bounds = {metric: (0.0, math.inf if metric.startswith(RATIOS_AND_COUNTS) else 1.0) for metric in runs[0]}
+            kinds = {metric: "difference" if metric == GAIN else find_kind(metric) for metric in runs[0]}
             options = {"num_resamples": num_resamples, "seed": seed}
-            summary = bootstrap_group_means(runs, first.patients[either], bounds, **options)
-            rules.setdefault(rule, {})[name] = {
-                metric: {"estimate": value.estimate, "low": value.low, "high": value.high}
-                for metric, value in summary.items()
-                if math.isfinite(value.estimate)
-            }
+            summary = bootstrap_group_means(runs, first.patients[either], kinds, **options)
+            name, rule = key
+            rules.setdefault(rule, {})[name] = {metric: _describe(value) for metric, value in summary.items()}
         report[which] = {
             "num_images": [int(keep.sum()) for keep in keeps],
             "num_patients": len(np.unique(first.patients[either])),
             "rules": rules,
         }
     return report
+
+
+def _columns(table: LocalizationTable, name: str, rule: str) -> dict[str, np.ndarray]:
+    columns = compute_columns(table.scores[name, rule])
+    control = table.scores.get(("median_box", rule))
+    if control is None or is_control(name):
+        return columns
+    return columns | {GAIN: columns["mean_iou"] - control.iou}
+
+
+def _describe(value: Interval) -> dict[str, float] | None:
+    if not math.isfinite(value.estimate):
+        return None
+    return {"estimate": value.estimate, "low": value.low, "high": value.high}

@@ -10,7 +10,7 @@ from cxa_jax.data.datasets import Split
 from cxa_jax.evaluate import Predictions, evaluate_split
 from cxa_jax.heat_maps import RULES
 from cxa_jax.localization import score_controls, score_maps
-from cxa_jax.localization_table import RANDOM_WEIGHTS, TUNED, LocalizationTable
+from cxa_jax.localization_table import RANDOM_WEIGHTS, TUNED, LocalizationTable, find_leading_map
 from cxa_jax.run import Run
 from cxa_jax.sharding import put_replicated
 from cxa_jax.steps import CONTROL
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 # W stands on its fixed scale; signed maps are cut at 0; p is stretched (`scale_map`).
 SCALINGS = {"attention": "unit", "weights": "min_max"} | dict.fromkeys(("evidence", "cam", "grad_cam"), "positive")
-DEFAULT_LEVEL = 0.5  # of the random map, where p has no tuned level
+DEFAULT_LEVEL = 0.5  # of the random map, where the run's leading map has no tuned level
 PROTOCOL = (
     "map -> aligned bilinear upsampling -> scaling (W fixed 0-1, p min-max, signed maps cut at 0 and divided by their "
     "maximum) -> threshold -> 8-connected components (all for 60 and 180, else the largest) -> tight box; an empty map "
@@ -89,9 +89,10 @@ def evaluate_maps(
                     rule=level if rule == TUNED else rule,
                     **geometry,
                 )
-        level = levels.get("weights", DEFAULT_LEVEL) if rule == TUNED else rule  # min-max scaled, as p is
+        leading = find_leading_map(maps)  # the random map is taken as it is
+        level = levels.get(leading, DEFAULT_LEVEL) if rule == TUNED else rule
         map_size = predictions.attention.shape[1:]
-        options = geometry | {"seed": run.config.seed, "rule": level}
+        options = geometry | {"seed": run.config.seed, "rule": level, "scaling": scalings.get(leading, "unit")}
         controls = score_controls(boxed.boxes, patients, size, map_size, **options)
         scores |= {(name, rule): values for name, values in controls.items()}
     called = predictions.score[rows] >= threshold

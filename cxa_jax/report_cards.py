@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from cxa_jax.localization_table import is_control
+from cxa_jax.localization_table import GAIN, find_leading_map, is_control
 from cxa_jax.report_localization import name_map
 from cxa_jax.report_tables import describe_difference, format_interval, format_number, format_p
 
@@ -35,7 +35,8 @@ def _how_good(report: dict[str, Any], groups: list[dict[str, Any]]) -> Card:
     source = "dev's threshold" if "at_dev_threshold" in best else "0.5"
     recall, specificity = format_interval(point["recall"]), format_interval(point["specificity"])
     lines.append(f"at {source}: sensitivity {recall}, specificity {specificity}")
-    return Card("How good?", f"AUROC {format_interval(best['free']['auroc'])}, {best['name']}", lines)
+    picked = f", the highest of {len(groups)} models on this test set" if len(groups) > 1 else ""
+    return Card("How good?", f"AUROC {format_interval(best['free']['auroc'])}, {best['name']}{picked}", lines)
 
 
 def _how_sure(report: dict[str, Any], best: dict[str, Any]) -> Card:
@@ -63,25 +64,24 @@ def _where(groups: list[dict[str, Any]]) -> Card:
         return Card("Where does it look?", "unknown: no test image with a box", [])
     part = group["localization"]["all_boxed"]
     maps = part["rules"]["half_max"]
-    own = {name: values for name, values in maps.items() if not is_control(name)}
-    if not own:
+    name = find_leading_map(maps)
+    if name is None:
         return Card("Where does it look?", "it has no map", [])
-    control = maps.get("median_box", {}).get("mean_iou")
-    if control is None or not all("mean_iou" in values for values in own.values()):
+    gain, control = maps[name].get(GAIN), maps["median_box"]["mean_iou"]
+    if gain is None or control is None:
         return Card("Where does it look?", "unknown: too few boxed images for a control", [])
-    name = max(own, key=lambda key: own[key]["mean_iou"]["estimate"])
-    value = own[name]["mean_iou"]
-    verdict = "better than" if value["low"] > control["high"] else "no better than"
-    if value["high"] < control["low"]:
-        verdict = "worse than"
+    verdict = {"higher": "better than", "lower": "worse than"}.get(describe_difference(gain), "no better than")
     answer = f"{name_map(name)} overlaps {verdict} a box that sees no image"
     lines = [
-        f"{group['name']}, {part['num_images'][0]} boxed positives of {part['num_patients']} patients, mean IoU of "
-        f"its best map {format_interval(value)}; median box of other patients {format_interval(control)}"
+        f"{group['name']}, {part['num_images'][0]} boxed positives of {part['num_patients']} patients, mean IoU "
+        f"{format_interval(maps[name]['mean_iou'])}; median box of other patients {format_interval(control)}; "
+        f"difference, paired {format_interval(gain)}"
     ]
-    for key, values in own.items():
+    for key, values in maps.items():
+        if is_control(key):
+            continue
         numbers = f"pointing {format_interval(values['pointing'], 2)}"
-        if "energy_ratio" in values:
+        if values["energy_ratio"]:
             numbers += f", energy {format_interval(values['energy_ratio'], 2)} (1 is chance)"
         lines.append(f"{name_map(key)}: {numbers}")
     lines.append(f"image centre, control: pointing {format_interval(maps['image_centre']['pointing'], 2)}")
@@ -96,7 +96,12 @@ def _what_went_wrong(best: dict[str, Any]) -> Card:
     lines = [source]
     known = [row for row in best["strata"] if not row["too_small"]]
     for row in sorted(known, key=lambda row: row["auroc"]["estimate"])[:SHOWN]:
-        lines.append(f"AUROC {row['by']} {row['name']}: {format_interval(row['auroc'])}")
+        lines.append(
+            f"AUROC {row['by']} {row['name']}: {format_interval(row['auroc'])}, {row['num_images']:,} images of "
+            f"{row['num_patients']:,} patients"
+        )
+    if len(known) > SHOWN:
+        lines.append(f"these are the lowest {SHOWN} of {len(known)} strata, picked for being lowest")
     error = run["calibration_error"]
     lines.append(f"calibration error {format_interval(error)} before any scaling")
     answer = f"{fn:,} of {fn + tp:,} positives missed, {fp:,} of {fp + tn:,} negatives called positive"

@@ -202,8 +202,9 @@ def draw_overlap(report: dict[str, Any], phantom: bool) -> Picture | None:
         maps = group["localization"]["all_boxed"]["rules"]["half_max"]
         for index, name in enumerate(name for name in maps if not is_control(name)):
             _plot_accuracy(axes, maps[name], label=name_map(name), marker="osD^v"[index % 5], **style_of(index))
-        for name, line in (("median_box", "-"), ("random_map", ":")):
-            _plot_accuracy(axes, maps[name], label=name_map(name).split(" of ")[0], color="black", linestyle=line)
+        for name, line in (("median_box", "-"), ("random_map", ":"), ("grid_box", "-.")):
+            if name in maps:  # files of older versions have no grid box
+                _plot_accuracy(axes, maps[name], label=name_map(name).split(" of ")[0], color="black", linestyle=line)
         axes.set(xlabel="IoU above", ylabel="share of boxed positives", ylim=(-0.02, 1.02))
         axes.set_title(f"{group['name']}, n {group['localization']['all_boxed']['num_images'][0]}", fontsize=9)
         axes.legend(fontsize=7)
@@ -212,8 +213,8 @@ def draw_overlap(report: dict[str, Any], phantom: bool) -> Picture | None:
 
 
 def _plot_accuracy(axes: Axes, values: dict[str, Any], **style: Any) -> None:
-    # A single boxed patient has no others, whose median box would be a control.
-    shares = [values.get(f"accuracy_iou_{threshold:g}", {}).get("estimate", np.nan) for threshold in IOU_THRESHOLDS]
+    found = [values[f"accuracy_iou_{threshold:g}"] for threshold in IOU_THRESHOLDS]
+    shares = [np.nan if value is None else value["estimate"] for value in found]
     axes.plot(IOU_THRESHOLDS, shares, **style)
 
 

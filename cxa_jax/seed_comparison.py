@@ -12,8 +12,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from cxa_jax import statistics
 from cxa_jax.errors import UserError
-from cxa_jax.statistics import NUM_RESAMPLES, Interval, compute_weighted_statistics, resample_patients
+from cxa_jax.intervals import Interval, shrink_share, widen_certainty
+from cxa_jax.statistics import NUM_RESAMPLES
+from cxa_jax.weighted_statistics import compute_weighted_statistics
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,10 @@ def sample_auroc(
     def of_weights(weights: np.ndarray) -> np.ndarray:
         return np.stack([compute_weighted_statistics(labels, row, weights, ("auroc",))["auroc"] for row in rows])
 
-    # the rarer class bounds what is known
-    fewest = min(len(np.unique(np.asarray(patients)[labels == label])) for label in (0, 1))
-    return _sample(of_weights, patients, fewest, num_resamples, seed)
+    chunks = statistics.resample_patients(patients, len(labels), num_resamples, seed)
+    resampled = np.concatenate([of_weights(weights) for weights in chunks], axis=1)
+    estimates = of_weights(np.ones((1, len(labels))))[:, 0]
+    return SeedSamples(estimates, resampled, statistics.count_patients(labels, patients))
 
 
 def sample_means(
@@ -51,38 +55,40 @@ def sample_means(
 ) -> SeedSamples:
     """Compute the mean over images of each run and of each resample; values [S, N], nan where not defined."""
     rows = np.atleast_2d(np.asarray(values, np.float64))
-    defined = np.isfinite(rows)
-    filled = np.where(defined, rows, 0.0)
-
-    def of_weights(weights: np.ndarray) -> np.ndarray:
-        total, count = filled @ weights.T, defined.astype(np.float64) @ weights.T
-        return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
-
-    return _sample(of_weights, patients, len(np.unique(patients)), num_resamples, seed)
+    estimates, resampled, units = statistics.sample_means(rows.T, patients, num_resamples, seed)
+    return SeedSamples(estimates, resampled, int(units.max()))
 
 
-def _sample(of_weights, patients: ArrayLike, num_patients: int, num_resamples: int, seed: int) -> SeedSamples:
-    num_images = len(np.asarray(patients))
-    chunks = resample_patients(patients, num_images, num_resamples, seed)
-    resampled = np.concatenate([of_weights(weights) for weights in chunks], axis=1)
-    return SeedSamples(of_weights(np.ones((1, num_images)))[:, 0], resampled, num_patients)
-
-
-def combine(samples: SeedSamples, level: float = 0.95, bounds: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
+def combine(
+    samples: SeedSamples,
+    level: float = 0.95,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+    *,
+    is_share: bool = False,
+) -> Interval:
     """Return the mean over seeds and its interval, for the mean of such trainings on such patients.
 
     Two variances (`make_t_interval`): that of the mean over resamples of patients, and sd^2 / S over the S seeds. With
     one seed the second is unknown: the interval holds the first alone. It is cut to `bounds`.
+
+    Args:
+      is_share: of a share of images the first is Agresti and Coull's, about their centre (`intervals.shrink_share`):
+        resamples of a share near 0 or 1 vary too little, and of none or all not at all.
     """
-    mean = samples.resampled.mean(axis=0)
-    between_patients = float(np.nanvar(mean, ddof=1)) if np.isfinite(mean).sum() > 1 else math.nan
+    mean, estimate = samples.resampled.mean(axis=0), float(samples.estimates.mean())
+    centre, between_patients = estimate, math.nan
+    if is_share and math.isfinite(estimate):
+        centre, between_patients = shrink_share(estimate, mean, level, samples.num_patients)
+    elif np.isfinite(mean).sum() > 1:
+        between_patients = float(np.nanvar(mean, ddof=1))
     num_seeds = len(samples.estimates)
     parts = [(between_patients, max(samples.num_patients - 1, 1))]
     if num_seeds > 1:
         parts.append((float(samples.estimates.var(ddof=1)) / num_seeds, num_seeds - 1))
     undefined = int((~np.isfinite(mean)).sum())
-    interval, _, _ = make_t_interval(float(samples.estimates.mean()), parts, level, bounds)
-    return replace(interval, num_resamples=len(mean), num_undefined=undefined)
+    interval, _, _ = make_t_interval(centre, parts, level, bounds)
+    interval = replace(interval, estimate=estimate, num_resamples=len(mean), num_undefined=undefined)
+    return widen_certainty(interval, samples.num_patients) if bounds == (0.0, 1.0) else interval
 
 
 def make_t_interval(

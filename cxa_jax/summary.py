@@ -36,7 +36,7 @@ def _format_localization(localization: dict[str, Any] | None) -> list[str]:
     count, patients = localization["num_images"], localization["num_patients"]
     lines = [f"localisation on {count} boxed positives of {patients} patients, boxes at {RULE}:"]
     for name, values in localization["all_boxed"]["rules"][RULE].items():
-        shown = {key: values[key] for key in ("pointing", "energy_ratio", "mean_iou") if key in values}
+        shown = {key: values[key] for key in ("pointing", "energy_ratio", "mean_iou") if values[key]}
         numbers = ", ".join(f"{key.replace('_', ' ')} {_format_interval(value)}" for key, value in shown.items())
         lines.append(f"  {name.replace('_', ' ')}: {numbers}")
     return lines

@@ -57,6 +57,11 @@ def compute_weighted_statistics(
     return {name: values[name] for name in statistics}
 
 
+def name_units(patients: ArrayLike | None, num_images: int) -> np.ndarray:
+    """Return the patient of each image [N]; None takes every image for a patient of its own."""
+    return np.arange(num_images) if patients is None else np.asarray(patients)
+
+
 def compute_weighted_confusion(
     labels: np.ndarray, scores: np.ndarray, weights: np.ndarray, threshold: float
 ) -> np.ndarray:

@@ -40,7 +40,8 @@ def train(config, workdir):
     }
     for name in ("weights", "random_map", "image_centre", "median_box"):
         for metric in ("pointing", "energy_ratio", "mean_iou"):
-            columns[f"{name}/{metric}"] = rng.random(NUM_IMAGES // 2) + SKILL.get(config.model.pooling, 0.0)
+            skill = SKILL.get(config.model.pooling, 0.0)
+            columns[f"{name}/{metric}"] = rng.random(NUM_IMAGES // 2) ** (1 / (1 + skill))
     columns["image_centre/energy_ratio"] = np.full(NUM_IMAGES // 2, np.nan)
     facts = {
         "config": flatten_config(config),

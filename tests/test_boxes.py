@@ -79,3 +79,9 @@ def test_impossible_boxes_are_named(box: list[float], message: str):
         boxes.check_boxes([[1, 1, 5, 5], box], 224, 224)
     with pytest.raises(UserError, match=r"\(4,\)"):
         boxes.check_boxes(box, 224, 224)
+
+
+def test_boxes_in_whole_cells():
+    given = [[90, 10, 100, 220], [70, 65, 20, 10]]
+    rounded = boxes.round_boxes(given, (4, 8), (256, 512))
+    assert rounded.tolist() == [[64, 0, 128, 256], [64, 64, 64, 64]]  # of the second a cell is left: that of its centre

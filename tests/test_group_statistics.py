@@ -7,8 +7,9 @@ import pytest
 
 from cxa_jax.comparison import compute_delong_test, paired_bootstrap
 from cxa_jax.group_statistics import bootstrap_group, bootstrap_group_means, compare_groups, compute_group_delong
+from cxa_jax.intervals import bound_calibration_bias
 from cxa_jax.seed_comparison import combine, sample_auroc, sample_means
-from cxa_jax.statistics import bootstrap_interval, bootstrap_means, bound_calibration_bias
+from cxa_jax.statistics import bootstrap_interval, bootstrap_means
 
 
 def _draw(seed: int, num_runs: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
@@ -69,15 +70,19 @@ def test_means_of_images_are_combined_as_seeds_and_one_run_is_plain():
     values, patients = rng.random((3, 80)), np.arange(80) // 2
     values[:, rng.random(80) < 0.2] = np.nan
     runs = [{"iou": row, "twice": 2 * row} for row in values]
-    bounds = {"iou": (0.0, 1.0), "twice": (0.0, 1.01)}
-    several = bootstrap_group_means(runs, patients, bounds, num_resamples=60)
-    expected = combine(sample_means(values, patients, num_resamples=60))
+    kinds = {"iou": "share", "twice": "ratio"}
+    several = bootstrap_group_means(runs, patients, kinds, num_resamples=60)
+    samples = sample_means(values, patients, num_resamples=60)
+    expected, plain = combine(samples, bounds=(0.0, 1.0), is_share=True), combine(samples)
     assert (several["iou"].low, several["iou"].high) == pytest.approx((expected.low, expected.high))
-    assert several["twice"].estimate == pytest.approx(2 * expected.estimate) and several["twice"].high == 1.01
-    nothing = bootstrap_group_means([{"iou": []}, {"iou": []}], [], bounds, num_resamples=60)
+    assert several["twice"].estimate == pytest.approx(2 * expected.estimate)
+    assert (several["twice"].low, several["twice"].high) == pytest.approx((2 * plain.low, 2 * plain.high))
+    nothing = bootstrap_group_means([{"iou": []}, {"iou": []}], [], {"iou": "share"}, num_resamples=60)
     assert math.isnan(nothing["iou"].estimate)  # such as no predicted positive in any run
-    one = bootstrap_group_means(runs[:1], patients, bounds, num_resamples=60)
+    one = bootstrap_group_means(runs[:1], patients, {"iou": "ratio", "twice": "ratio"}, num_resamples=60)
     assert one == bootstrap_means(runs[0], patients, num_resamples=60)
+    difference = bootstrap_group_means(runs[:1], patients, {"iou": "difference"}, num_resamples=60)["iou"]
+    assert difference == one["iou"]
 
 
 def test_each_run_has_its_own_threshold():

@@ -146,6 +146,25 @@ def test_controls_on_the_real_boxes_are_the_known_ones():
     assert random_map["mean_iou"].estimate < 0.5 and abs(random_map["energy_ratio"].estimate - 1) < 0.05
 
 
+@pytest.mark.parametrize(("cells", "known"), [(7, 0.709), (5, 0.634), (32, 0.930), (30, 0.922)])
+def test_what_whole_cells_can_say_of_the_real_boxes(cells, known):
+    boxes, patients = _heart_boxes()
+    controls = localization.score_controls(boxes, patients, 1024, (cells, cells), 32, 14, "half_max")
+    assert round(localization.summarize(controls["grid_box"], num_resamples=10)["mean_iou"].estimate, 3) == known
+
+
+def test_the_random_map_is_scaled_as_asked():
+    maps, boxes, patients = _draw_scene(8)
+    arguments = boxes, patients, 224, (7, 7), 32, 14, 0.9
+    unit, stretched = (
+        localization.score_controls(*arguments, scaling=scaling, seed=3)["random_map"]
+        for scaling in ("unit", "min_max")
+    )
+    expected = _score(np.random.default_rng(3).random(maps.shape), boxes, patients, 0.9, scaling="unit")
+    np.testing.assert_array_equal(unit.iou, expected.iou)
+    assert np.any(unit.iou != stretched.iou)
+
+
 def test_the_grid_limits_the_overlap_as_known():
     boxes, patients = (column[::8] for column in _heart_boxes())
     centers = 14 + 32 * np.arange(32) + 0.5

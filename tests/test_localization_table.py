@@ -1,5 +1,6 @@
 """Localisation scores on disk and summed up: an exact round trip, one run as `summarize`, several as their mean."""
 
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -7,8 +8,16 @@ import pytest
 from finished_runs import draw_predictions, make_test_split, score_boxes_of
 
 from cxa_jax.errors import UserError
-from cxa_jax.localization import summarize
-from cxa_jax.localization_table import is_control, read_localization, summarize_tables, write_localization
+from cxa_jax.localization import score_boxes, summarize
+from cxa_jax.localization_table import (
+    GAIN,
+    find_leading_map,
+    is_control,
+    read_localization,
+    summarize_tables,
+    write_localization,
+)
+from cxa_jax.statistics import bootstrap_means
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +48,7 @@ def test_one_run_is_summed_up_as_its_scores_are(tables):
             expected["pointing"].low,
             expected["pointing"].high,
         )
-        assert "heart_energy_ratio" not in found  # undefined without masks: left out, not 0
+        assert found["heart_energy_ratio"] is None  # undefined without masks: not 0
 
 
 def test_several_runs_give_the_mean_over_runs(tables):
@@ -51,8 +60,33 @@ def test_several_runs_give_the_mean_over_runs(tables):
     assert report["num_patients"] == len(np.unique(tables[0].patients))
 
 
+def test_the_gain_over_the_median_box_is_paired(tables):
+    rules = summarize_tables(tables[:1], num_resamples=300, seed=0)["all_boxed"]["rules"]["half_max"]
+    control, own = (tables[0].scores[name, "half_max"] for name in ("median_box", "attention"))
+    expected = bootstrap_means({"gain": own.iou - control.iou}, own.patients, num_resamples=300)["gain"]
+    gain = rules["attention"][GAIN]
+    assert (gain["estimate"], gain["low"], gain["high"]) == (expected.estimate, expected.low, expected.high)
+    assert gain["estimate"] == pytest.approx(rules["attention"]["mean_iou"]["estimate"] - control.iou.mean())
+    assert not any(GAIN in rules[name] for name in rules if is_control(name))
+
+
+def test_a_single_boxed_patient_has_no_control_and_no_crash(tables):
+    one = tables[0].take(np.arange(len(tables[0].ids)) == 0)
+    nothing = score_boxes(np.full((1, 4), np.nan), [[0, 0, 9, 9]], one.patients)  # what `score_controls` says of one
+    one = dataclasses.replace(one, scores=one.scores | {("median_box", "half_max"): nothing})
+    rules = summarize_tables([one], num_resamples=20, seed=0)["all_boxed"]["rules"]["half_max"]
+    assert rules["median_box"]["mean_iou"] is None and rules["attention"][GAIN] is None
+    assert rules["attention"]["mean_iou"]["estimate"] == one.scores["attention", "half_max"].iou.mean()
+
+
+def test_the_map_that_answers_is_fixed_beforehand():
+    assert find_leading_map(["random_weights_attention", "evidence", "weights", "attention"]) == "attention"
+    assert find_leading_map(["grad_cam", "cam", "evidence", "median_box"]) == "evidence"
+    assert find_leading_map(["cam"]) == "cam" and find_leading_map(["median_box", "grid_box"]) is None
+
+
 def test_controls_are_known_by_name():
-    assert all(map(is_control, ("median_box", "image_centre", "random_map", "random_weights_attention")))
+    assert all(map(is_control, ("median_box", "image_centre", "random_map", "grid_box", "random_weights_attention")))
     assert not any(map(is_control, ("attention", "weights", "evidence", "cam", "grad_cam")))
 
 

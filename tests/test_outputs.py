@@ -76,7 +76,12 @@ def test_numbers_of_a_run(run, predicted, tmp_path):
     assert text["phantom"] is True and text["fingerprint"] == "fingerprint0"
     maps = text["localization"]["all_boxed"]["rules"]["half_max"]
     own = {"attention", "weights", "evidence", "grad_cam"}
-    assert set(maps) - {f"random_weights_{name}" for name in own} == own | {"median_box", "image_centre", "random_map"}
+    assert set(maps) - {f"random_weights_{name}" for name in own} == own | {
+        "median_box",
+        "image_centre",
+        "random_map",
+        "grid_box",
+    }
     assert set(text["localization"]["all_boxed"]["rules"]) == {"half_max", "otsu", "wang", "phantom_tuned"}
     at_level = text["localization"]["all_boxed"]["rules"]["phantom_tuned"]
     assert set(at_level) == set(maps) and text["localization"]["levels"]["source"].startswith("dev hearts")
