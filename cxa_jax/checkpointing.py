@@ -24,6 +24,7 @@ from cxa_jax.array_types import PyTree
 from cxa_jax.digests import digest_arrays, digest_json
 from cxa_jax.distributed import barrier, is_first
 from cxa_jax.errors import UserError
+from cxa_jax.interruption import held_back
 from cxa_jax.sharding import put
 from cxa_jax.train_state import TrainState
 
@@ -55,14 +56,16 @@ class Checkpoints:
             read_only=read_only,
         )
         handlers = {name: ocp.StandardCheckpointHandler() for name in ARRAYS} | {"meta": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        with held_back():  # here and below: orbax runs event loops, which drop what a signal raises in a callback
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.wait()
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with held_back(check_at_end=kind is None):  # else what ends the block goes before
+            self.wait()
+            self._manager.close()
 
     def _put_back(self) -> None:
         """Undo every replacement that a killed process, or a full disk, did not let end."""
@@ -82,7 +85,7 @@ class Checkpoints:
         step = int(state.step)
         arrays = {name: getattr(state, name) for name in ARRAYS}
         digests = {name: digest_arrays(tree) for name, tree in arrays.items()} | {"meta": digest_json([step, meta])}
-        with self._naming_failure():
+        with held_back(), self._naming_failure():
             self._drop_replaced()
             # A run that was cut after its best was written and before its latest comes by here again.
             self._set_aside([stale for stale in self._manager.all_steps() if stale >= step], step)
@@ -96,7 +99,7 @@ class Checkpoints:
         Raises:
           UserError: one cannot be written.
         """
-        with self._naming_failure():
+        with held_back(), self._naming_failure():
             self._manager.wait_until_finished()
             self._drop_replaced()
 
@@ -192,7 +195,8 @@ class Checkpoints:
         problems = []
         for step in self.steps():
             try:
-                return read(step)
+                with held_back():
+                    return read(step)
             except DAMAGE as error:
                 problems.append(f"{self.directory / str(step)}: {(str(error).splitlines() or [repr(error)])[0][:200]}")
                 log.warning("checkpoint %s cannot be read, trying an older one", problems[-1])

@@ -8,6 +8,7 @@ step, which costs one attribute's reading and no wait for the device.
 import contextlib
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 
 RESUMABLE = 75  # exit status, EX_TEMPFAIL of sysexits.h: the same command later goes on
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ASK_AGAIN_S = 20.0  # a process that is still there then has lost its notice: libraries catch what they do not know
 SAME_NOTICE_S = 1.0  # one notice may come twice: to the process group, and passed on by a launcher
 
 
@@ -32,9 +34,11 @@ class _Notice:
     num_holders: int = 0
     swallowed: bool = False  # Interrupted was raised where Python drops exceptions
     num_own: int = 0  # signals that this module sends after that, and that are no second notice
+    is_heard: bool = False  # the handlers are in place
 
 
 _notice = _Notice()
+_sending = threading.Lock()
 
 
 def is_asked() -> bool:
@@ -75,6 +79,7 @@ def end_on_signal() -> Iterator[None]:
     former = {
         number: signal.signal(number, _handle) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN
     }
+    _notice.is_heard = True
     threading.Thread(target=_watch, args=(reader,), daemon=True).start()
     try:
         yield
@@ -83,6 +88,9 @@ def end_on_signal() -> Iterator[None]:
             raise Interrupted(_notice.asked) from error
         raise
     finally:
+        _notice.num_holders += 1  # nothing is raised in here
+        with _sending:
+            _notice.is_heard = False
         sys.unraisablehook = former_hook
         signal.set_wakeup_fd(former_fd)
         for number, handler in former.items():
@@ -113,9 +121,12 @@ def _ask_again(unraisable: "sys.UnraisableHookArgs") -> None:
 
 
 def _send_again(number: int) -> None:
-    time.sleep(0.05)  # the callback is over then
-    _notice.num_own += 1
-    signal.pthread_kill(threading.main_thread().ident, number)  # a real one, which ends a sleep too
+    time.sleep(0.05)  # a callback that dropped it is over then
+    with _sending:
+        if not _notice.is_heard:
+            return
+        _notice.num_own += 1
+        signal.pthread_kill(threading.main_thread().ident, number)  # a real one, which ends a sleep too
 
 
 def _tell_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
@@ -134,10 +145,22 @@ def _handle(number: int, _: object) -> None:
 
 
 def _watch(reader: int) -> None:
-    """Tell of the first signal at once, end the process at a later one; Python's own handlers wait for the library."""
+    """Tell of the first signal at once, end the process at a later one; Python's own handlers wait for the library.
+
+    Raise Interrupted once more from time to time, unless it is held back: a library may have dropped it, as an event
+    loop does with what its callbacks raise.
+    """
     first = None
     with os.fdopen(reader, "rb", buffering=0) as numbers:
-        while byte := numbers.read(1):
+        while True:
+            if not select.select([numbers], [], [], ASK_AGAIN_S if first else None)[0]:
+                if not _notice.num_holders:
+                    _notice.swallowed = True
+                    _send_again(signal.Signals[_notice.asked])
+                continue
+            byte = numbers.read(1)
+            if not byte:
+                return
             if byte[0] not in SIGNALS:
                 continue
             if _notice.num_own:
