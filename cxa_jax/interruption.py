@@ -28,7 +28,7 @@ class Interrupted(BaseException):
 
 
 class _Notice:
-    """What the signal handler and the rest of the process share."""
+    """What the signal handler, its watcher and the rest of the process share; one for each `end_on_signal`."""
 
     asked: str | None = None  # the signal's name
     num_holders: int = 0
@@ -55,12 +55,13 @@ def check() -> None:
 @contextlib.contextmanager
 def held_back(*, check_at_end: bool = True) -> Iterator[None]:
     """Raise nothing by itself inside; the body asks by `is_asked` or `check`. At the outermost one's end, `check`."""
-    _notice.num_holders += 1
+    notice = _notice
+    notice.num_holders += 1
     try:
         yield
     finally:
-        _notice.num_holders -= 1
-    if check_at_end and not _notice.num_holders:
+        notice.num_holders -= 1
+    if check_at_end and not notice.num_holders:
         check()
 
 
@@ -73,14 +74,15 @@ def end_on_signal() -> Iterator[None]:
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    _notice.asked, _notice.num_holders, _notice.swallowed, _notice.num_own = None, 0, False, 0
+    global _notice
+    _notice = notice = _Notice()
     former_hook, sys.unraisablehook = sys.unraisablehook, _ask_again
     former_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     former = {
         number: signal.signal(number, _handle) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN
     }
-    _notice.is_heard = True
-    threading.Thread(target=_watch, args=(reader,), daemon=True).start()
+    notice.is_heard = True
+    threading.Thread(target=_watch, args=(reader, notice), daemon=True).start()
     try:
         yield
     except Exception as error:
@@ -117,15 +119,15 @@ def _ask_again(unraisable: "sys.UnraisableHookArgs") -> None:
         return
     _notice.swallowed = True
     number = signal.Signals[str(unraisable.exc_value)]
-    threading.Thread(target=_send_again, args=(number,), daemon=True).start()
+    threading.Thread(target=_send_again, args=(number, _notice), daemon=True).start()
 
 
-def _send_again(number: int) -> None:
+def _send_again(number: int, notice: _Notice) -> None:
     time.sleep(0.05)  # a callback that dropped it is over then
     with _sending:
-        if not _notice.is_heard:
+        if not notice.is_heard:
             return
-        _notice.num_own += 1
+        notice.num_own += 1
         signal.pthread_kill(threading.main_thread().ident, number)  # a real one, which ends a sleep too
 
 
@@ -144,7 +146,7 @@ def _handle(number: int, _: object) -> None:
         check()
 
 
-def _watch(reader: int) -> None:
+def _watch(reader: int, notice: _Notice) -> None:
     """Tell of the first signal at once, end the process at a later one; Python's own handlers wait for the library.
 
     Raise Interrupted once more from time to time, unless it is held back: a library may have dropped it, as an event
@@ -154,17 +156,17 @@ def _watch(reader: int) -> None:
     with os.fdopen(reader, "rb", buffering=0) as numbers:
         while True:
             if not select.select([numbers], [], [], ASK_AGAIN_S if first else None)[0]:
-                if not _notice.num_holders:
-                    _notice.swallowed = True
-                    _send_again(signal.Signals[_notice.asked])
+                if not notice.num_holders:
+                    notice.swallowed = True
+                    _send_again(signal.Signals[notice.asked], notice)
                 continue
             byte = numbers.read(1)
             if not byte:
                 return
             if byte[0] not in SIGNALS:
                 continue
-            if _notice.num_own:
-                _notice.num_own -= 1
+            if notice.num_own:
+                notice.num_own -= 1
                 continue
             if first is None:
                 first = time.monotonic()
