@@ -49,6 +49,7 @@ def is_asked() -> bool:
 def check() -> None:
     """Raise Interrupted if a signal has asked the process to end: for loops in which nothing is lost."""
     if _notice.asked:
+        _notice.swallowed = False
         raise Interrupted(_notice.asked)
 
 
@@ -117,18 +118,25 @@ def _ask_again(unraisable: "sys.UnraisableHookArgs") -> None:
     if not isinstance(unraisable.exc_value, Interrupted):
         _tell_unraisable(unraisable)
         return
-    _notice.swallowed = True
-    number = signal.Signals[str(unraisable.exc_value)]
-    threading.Thread(target=_send_again, args=(number, _notice), daemon=True).start()
+    with held_back(check_at_end=False):  # what is raised in here would be dropped too
+        _send_again(_notice)
 
 
-def _send_again(number: int, notice: _Notice) -> None:
-    time.sleep(0.05)  # a callback that dropped it is over then
-    with _sending:
-        if not notice.is_heard:
-            return
-        notice.num_own += 1
-        signal.pthread_kill(threading.main_thread().ident, number)  # a real one, which ends a sleep too
+def _send_again(notice: _Notice) -> None:
+    """Send the signal that was asked by to the main thread, until it raises."""
+    number, notice.swallowed = signal.Signals[notice.asked], True
+
+    def send() -> None:
+        while True:
+            time.sleep(0.05)  # a callback that dropped it is over then, or at the next turn
+            with _sending:
+                if not (notice.is_heard and notice.swallowed):
+                    return
+                if not notice.num_holders:
+                    notice.num_own += 1
+                    signal.pthread_kill(threading.main_thread().ident, number)  # a real one, which ends a sleep too
+
+    threading.Thread(target=send, daemon=True).start()
 
 
 def _tell_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
@@ -140,7 +148,6 @@ def _tell_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
 def _handle(number: int, _: object) -> None:
     if _notice.asked and not _notice.swallowed:
         return  # what the first one started must not be cut by its echo
-    _notice.swallowed = False
     _notice.asked = signal.Signals(number).name
     if not _notice.num_holders:
         check()
@@ -156,9 +163,9 @@ def _watch(reader: int, notice: _Notice) -> None:
     with os.fdopen(reader, "rb", buffering=0) as numbers:
         while True:
             if not select.select([numbers], [], [], ASK_AGAIN_S if first else None)[0]:
-                if not notice.num_holders:
-                    notice.swallowed = True
-                    _send_again(signal.Signals[notice.asked], notice)
+                # If it did not ask yet, the main thread is inside a library; if it is swallowed, it is being sent.
+                if notice.asked and not notice.num_holders and not notice.swallowed:
+                    _send_again(notice)
                 continue
             byte = numbers.read(1)
             if not byte:
