@@ -2,14 +2,18 @@
 
 import errno
 import logging
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint
 import pytest
 
 from cxa_jax.checkpointing import Checkpoints, load_backbone, read_first
 from cxa_jax.errors import UserError
+from cxa_jax.interruption import Interrupted, end_on_signal
 from cxa_jax.train_state import TrainState
 
 
@@ -81,6 +85,28 @@ def test_a_state_is_kept_until_what_replaces_it_is_whole(tmp_path, monkeypatch, 
     with Checkpoints(tmp_path, "latest", read_only=True) as checkpoints:
         assert checkpoints.steps() == [3, 2] and checkpoints.read_meta() == {"try": 2}
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["latest"]
+
+
+@pytest.mark.parametrize("work", ["restore", "save", "wait_until_finished"])
+def test_a_signal_waits_until_orbax_has_ended(tmp_path, monkeypatch, work):
+    """Its event loops drop what a signal raises in their callbacks, and then wait for ever."""
+    original, ended = getattr(orbax.checkpoint.CheckpointManager, work), []
+
+    def send_signal(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        result = original(*arguments, **options)
+        ended.append(True)
+        return result
+
+    with Checkpoints(tmp_path, "latest") as checkpoints:
+        checkpoints.save(make_state(1), {})
+        checkpoints.wait()
+        monkeypatch.setattr(orbax.checkpoint.CheckpointManager, work, send_signal)
+        with pytest.raises(Interrupted), end_on_signal():
+            checkpoints.restore(abstract(make_state(0))) if work == "restore" else checkpoints.save(make_state(2), {})
+            checkpoints.wait()
+        monkeypatch.undo()
+    assert ended
 
 
 def test_a_replacement_that_ended_is_not_undone(tmp_path):
