@@ -64,14 +64,14 @@ def serve() -> None:
         signal.signal(number, signal.SIG_IGN)
     outcomes = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a task prints must not get between the outcomes
-    function = pickle.load(sys.stdin.buffer)
-    while True:
-        try:
+    try:
+        function = pickle.load(sys.stdin.buffer)
+        while True:
             task = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        pickle.dump(_try(function, task), outcomes, pickle.HIGHEST_PROTOCOL)
-        outcomes.flush()
+            pickle.dump(_try(function, task), outcomes, pickle.HIGHEST_PROTOCOL)
+            outcomes.flush()
+    except (EOFError, pickle.UnpicklingError, BrokenPipeError):  # the parent has ended, or was killed
+        os._exit(0)
 
 
 def _try(function: Callable[[Any], Any], task: Any) -> tuple[Any, Exception | None]:
