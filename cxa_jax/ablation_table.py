@@ -10,7 +10,7 @@ from cxa_jax.seed_comparison import SeedSamples, combine, compare, sample_auroc,
 
 METRICS = ("auroc", "pointing", "energy_ratio", "mean_iou")
 BOUNDS = dict.fromkeys(METRICS, (0.0, 1.0)) | {"energy_ratio": (0.0, np.inf)}
-SHARES = ("pointing", "mean_iou")
+KINDS = {"auroc": "area", "pointing": "share", "mean_iou": "share"}
 REFERENCES = ("amm", "gap")
 CONTROLS = ("random_map", "image_centre", "median_box")
 POOLED = {  # by config.model.attended: what AMM and GAP average, besides the weights
@@ -112,7 +112,7 @@ def _describe_data(columns: dict[str, np.ndarray], facts: dict[str, Any]) -> dic
 def _describe(samples: SeedSamples | None, metric: str) -> dict[str, Any] | None:
     if samples is None:
         return None
-    interval = combine(samples, bounds=BOUNDS[metric], is_share=metric in SHARES)
+    interval = combine(samples, bounds=BOUNDS[metric], kind=KINDS.get(metric, ""))
     return {"per_seed": samples.estimates.tolist()} | dataclasses.asdict(interval)
 
 

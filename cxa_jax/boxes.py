@@ -106,5 +106,6 @@ def round_boxes(boxes: ArrayLike, map_size: tuple[int, int], image_size: tuple[i
     boxes = np.asarray(boxes, np.float64)
     corners = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
     low, high = (np.round(corner / cells) for corner in corners)
-    low = np.where(high > low, low, np.floor((boxes[:, :2] + boxes[:, 2:] / 2) / cells))
+    centre = np.clip(np.floor((boxes[:, :2] + boxes[:, 2:] / 2) / cells), 0, [map_size[1] - 1, map_size[0] - 1])
+    low = np.where(high > low, low, centre)
     return np.concatenate([low, np.maximum(high - low, 1)], axis=1) * np.tile(cells, 2)

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import special
 
 from cxa_jax.calibration import fit_platt, fit_temperature
-from cxa_jax.intervals import make_interval, make_interval_of, widen_certainty
+from cxa_jax.intervals import make_interval, make_interval_of
 from cxa_jax.metrics import (
     CONFUSION_METRICS,
     compute_confusion_metrics,
@@ -21,12 +21,18 @@ from cxa_jax.metrics import (
     compute_youden_threshold,
 )
 from cxa_jax.predictions import PredictionTable
-from cxa_jax.prevalence import compute_metrics_at_prevalence, compute_paper_like_metrics, reweight_confusion
+from cxa_jax.prevalence import (
+    bound_by_rates,
+    compute_metrics_at_prevalence,
+    compute_paper_like_metrics,
+    reweight_confusion,
+)
 from cxa_jax.statistics import (
     NUM_RESAMPLES,
     bootstrap_intervals,
     bootstrap_means,
     count_patients,
+    count_patients_of,
     resample_patients,
 )
 from cxa_jax.strata import MIN_PATIENTS, count_patients_by_class, find_strata
@@ -140,24 +146,37 @@ def describe_threshold(
     units = count_patients(table.label, table.patient)
 
     samples = compute_confusion_metrics(counts)
+    behind = table.label, table.score, table.patient, threshold
     values["intervals"] = {
-        name: short_interval(make_interval_of(name, values[name], samples[name], LEVEL, units))
+        name: short_interval(
+            make_interval_of(name, values[name], samples[name], LEVEL, count_patients_of(name, *behind))
+        )
         for name in CONFUSION_METRICS
     }
-    values["at_prevalence"] = {}
-    for prevalence in prevalences:
-        estimates = compute_metrics_at_prevalence(values["confusion_matrix"], prevalence)
-        samples = compute_confusion_metrics(reweight_confusion(both, prevalence))
-        values["at_prevalence"][f"{prevalence:g}"] = {
-            # Of re-weighted images no share is left; percentiles cover it (92 to 97 % in simulations).
-            name: short_interval(widen_certainty(make_interval(estimates[name], samples[name], LEVEL, units), units))
-            for name in CONFUSION_METRICS
-            if name not in WITHOUT_PREVALENCE
-        }
+    values["at_prevalence"] = {
+        f"{prevalence:g}": _describe_at_prevalence(values, both, prevalence, units) for prevalence in prevalences
+    }
     values["paper_like"] = None
     if table.label.any() and np.sum(table.label == 0) >= PAPER_LIKE_NEGATIVES:
         values["paper_like"] = compute_paper_like_metrics(table.label, table.score, threshold, seed=seed)
     return values
+
+
+def _describe_at_prevalence(
+    values: dict[str, Any], counts: np.ndarray, prevalence: float, num_patients: int
+) -> dict[str, dict[str, float]]:
+    """Return what depends on the prevalence; counts [R, 2, 2] are those of resamples."""
+    estimates = compute_metrics_at_prevalence(values["confusion_matrix"], prevalence)
+    samples = compute_confusion_metrics(reweight_confusion(counts, prevalence))
+    rates = [
+        [values["intervals"][name][end] for end in ("estimate", "low", "high")] for name in ("recall", "specificity")
+    ]
+    found = {
+        name: make_interval(estimates[name], samples[name], LEVEL, num_patients)
+        for name in CONFUSION_METRICS
+        if name not in WITHOUT_PREVALENCE
+    }
+    return {name: short_interval(bound_by_rates(name, value, *rates, prevalence)) for name, value in found.items()}
 
 
 def describe_calibration(

@@ -17,6 +17,8 @@ from cxa_jax.metrics import check_labels_and_scores
 from cxa_jax.statistics import NUM_RESAMPLES, count_patients, resample_patients
 from cxa_jax.weighted_statistics import compute_weighted_statistics
 
+MIN_COMPARED = 5  # patients of each class: of fewer, 2,000 resamples do not show the tails of the interval
+
 
 @dataclass(frozen=True)
 class PairedTest:
@@ -41,7 +43,8 @@ def paired_bootstrap(
 ) -> PairedTest:
     """Test the difference of two models on the same images by resampling patients.
 
-    The p-value inverts the interval (`statistics.bootstrap_p_value`) and is never 0.
+    The p-value inverts the interval (`intervals.bootstrap_p_value`) and is never 0. Of fewer than MIN_COMPARED patients
+    of a class both are nan.
     """
     labels, scores_a = check_labels_and_scores(labels, scores_a)
     _, scores_b = check_labels_and_scores(labels, scores_b)
@@ -56,6 +59,8 @@ def paired_bootstrap(
     samples = np.concatenate([differences(weights) for weights in chunks])
     defined = samples[np.isfinite(samples)]
     units = count_patients(labels, patients)
+    if units < MIN_COMPARED:
+        return PairedTest(Interval(float(estimate), math.nan, math.nan, level), math.nan, math.nan)
     error = float(defined.std(ddof=1)) if len(defined) > 1 else math.nan
     return PairedTest(make_interval(estimate, samples, level, units), error, bootstrap_p_value(samples, units))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cxa_jax.comparison import PairedTest, compute_delong_test
+from cxa_jax.comparison import MIN_COMPARED, PairedTest, compute_delong_test
 from cxa_jax.intervals import (
     SHARES,
     Interval,
@@ -26,7 +26,7 @@ from cxa_jax.seed_comparison import SeedSamples, combine, make_t_interval
 from cxa_jax.statistics import (
     NUM_RESAMPLES,
     bootstrap_means,
-    count_patients,
+    count_patients_of,
     resample_patients,
     sample_means,
 )
@@ -43,7 +43,7 @@ class GroupStatistic:
         interval: of the mean over runs. One run: as `statistics.bootstrap_intervals`. Several:
             `seed_comparison.combine`, cut to [0, 1].
         samples: [R], the mean over runs in each resample.
-        num_patients: of the rarer class.
+        num_patients: behind the statistic (`statistics.count_patients_of`).
     """
 
     values: tuple[float, ...]
@@ -91,13 +91,16 @@ def bootstrap_group(
 
     values = run_values(np.ones((1, len(labels))))
     chunks = [run_values(weights) for weights in resample_patients(patients, len(labels), num_resamples, seed)]
-    units = count_patients(labels, patients)
     group = {}
     for name in statistics:
+        units = min(
+            count_patients_of(name, labels, np.asarray(run), patients, threshold)
+            for run, threshold in zip(scores, thresholds, strict=True)
+        )
         each, resampled = values[name][:, 0], np.concatenate([chunk[name] for chunk in chunks], axis=1)
         mean = resampled.mean(axis=0)
         if len(each) > 1:
-            interval = combine(SeedSamples(each, resampled, units), level, (0.0, 1.0), is_share=name in SHARES)
+            interval = combine(SeedSamples(each, resampled, units), level, (0.0, 1.0), kind=_find_kind(name))
         else:
             interval = make_interval_of(name, each[0], mean, level, units)
         if name == "calibration_error":
@@ -105,6 +108,10 @@ def bootstrap_group(
         sd = float(each.std(ddof=1)) if len(each) > 1 else math.nan
         group[name] = GroupStatistic(tuple(each.tolist()), sd, interval, mean, units)
     return group
+
+
+def _find_kind(statistic: str) -> str:
+    return "area" if statistic == "auroc" else "share" if statistic in SHARES else ""
 
 
 # Kinds of per-image values: the rule for their mean in one run, and the least and the largest mean there can be.
@@ -145,7 +152,7 @@ def bootstrap_group_means(
             SeedSamples(estimates[:, k], resampled[:, k], int(units[k])),
             level,
             MEAN_KINDS[kind][1],
-            is_share=kind == "share",
+            kind=kind,
         )
         for k, (name, kind) in enumerate(kinds.items())
     }
@@ -160,8 +167,8 @@ def compare_groups(a: GroupStatistic, b: GroupStatistic, level: float = 0.95) ->
     differences = a.samples - b.samples
     estimate = a.interval.estimate - b.interval.estimate
     defined = differences[np.isfinite(differences)]
-    if not len(defined):  # one class: nothing to compare
-        return PairedTest(make_interval(estimate, differences, level, a.num_patients), math.nan, math.nan)
+    if not len(defined) or a.num_patients < MIN_COMPARED:
+        return PairedTest(Interval(estimate, math.nan, math.nan, level), math.nan, math.nan)
     if max(len(a.values), len(b.values)) > 1:
         parts = [(float(np.var(defined)), max(a.num_patients - 1, 1)), *a.seed_part, *b.seed_part]
         return PairedTest(*make_t_interval(estimate, parts, level, (-1.0, 1.0)))

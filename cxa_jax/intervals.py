@@ -37,7 +37,7 @@ def make_interval(estimate: float, samples: np.ndarray, level: float, num_patien
     """Return the expanded percentile interval of bootstrap samples; nan samples are left out and counted.
 
     Plain percentiles are too narrow for few patients; as Hesterberg (2015) has it, the tails are
-    Phi(-sqrt(n / (n - 1)) t_{n-1}) instead of (1 - level) / 2. For n = 338 patients .0243 instead of .025.
+    Phi(-sqrt(n / (n - 1)) t_{n-1}) instead of (1 - level) / 2. For n = 338 patients .0243 instead of .025; nan for one.
 
     Args:
         estimate: statistic of all images.
@@ -53,7 +53,8 @@ def make_interval(estimate: float, samples: np.ndarray, level: float, num_patien
     n = max(num_patients, 2)
     tail = 100 * stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf((1 + level) / 2, n - 1))
     defined = samples[np.isfinite(samples)]
-    low, high = np.percentile(defined, [tail, 100 - tail]) if len(defined) else (math.nan, math.nan)
+    known = len(defined) and num_patients > 1  # of a single patient nothing can be resampled
+    low, high = np.percentile(defined, [tail, 100 - tail]) if known else (math.nan, math.nan)
     return Interval(float(estimate), float(low), float(high), level, len(samples), len(samples) - len(defined))
 
 
@@ -98,7 +99,9 @@ def make_share_interval(estimate: float, samples: np.ndarray, level: float, num_
     size = _effective_size(estimate, samples, num_patients)
     centre = (estimate * size + t_squared / 2) / (size + t_squared)
     half = math.sqrt(t_squared * (estimate * (1 - estimate) * size + t_squared / 4)) / (size + t_squared)
-    return replace(interval, low=max(0.0, float(centre - half)), high=min(1.0, float(centre + half)))
+    # At 0 and 1 the ends are these, but for rounding.
+    low, high = min(estimate, float(centre - half)), max(estimate, float(centre + half))
+    return replace(interval, low=max(0.0, low), high=min(1.0, high))
 
 
 def shrink_share(estimate: float, samples: np.ndarray, level: float, num_patients: int) -> tuple[float, float]:
@@ -116,13 +119,17 @@ def make_count_interval(estimate: float, samples: np.ndarray, level: float, num_
     """Return the interval of a mean count, such as false boxes an image: one that never varied may still have done so.
 
     Where all images have the same count, one more or less in a share of images is possible that none of n patients
-    shows (`widen_certainty`). Arguments as in `make_interval`.
+    shows (`widen_constant`). Arguments as in `make_interval`.
     """
-    interval = make_interval(estimate, samples, level, num_patients)
+    return widen_constant(make_interval(estimate, samples, level, num_patients), num_patients)
+
+
+def widen_constant(interval: Interval, num_patients: int) -> Interval:
+    """Return the interval of a mean count that did not vary: a share of images may have one more or less."""
     if interval.low != interval.high:
         return interval
-    room = _unseen_share(level, num_patients)
-    return replace(interval, low=max(0.0, estimate - room), high=estimate + room)
+    room = _unseen_share(interval.level, num_patients)
+    return replace(interval, low=max(0.0, interval.estimate - room), high=interval.estimate + room)
 
 
 def widen_certainty(interval: Interval, num_patients: int) -> Interval:
@@ -158,8 +165,9 @@ def _unseen_share(level: float, num_patients: int) -> float:
 
 def _effective_size(estimate: float, samples: np.ndarray, num_patients: int) -> float:
     variance = _variance(samples, num_patients) if np.isfinite(samples).sum() > 1 else 0.0
-    if variance > 0 and 0 < estimate < 1:
-        return estimate * (1 - estimate) / variance
+    spread = estimate * (1 - estimate)
+    if 0 < estimate < 1 and variance > 1e-12 * spread:  # less is rounding: nothing varied
+        return spread / variance
     return max(num_patients, 1)
 
 
@@ -190,6 +198,8 @@ def lower_by_bias(
     interval: Interval, labels: ArrayLike, runs: Sequence[ArrayLike], patients: ArrayLike | None
 ) -> Interval:
     """Return the interval of the mean calibration error of some runs, reaching down by `bound_calibration_bias`."""
+    if not math.isfinite(interval.low):
+        return interval
     labels = np.asarray(labels)
     bias = float(np.mean([bound_calibration_bias(labels, np.asarray(run), patients) for run in runs]))
     return replace(interval, low=max(0.0, interval.low - bias), high=min(1.0, interval.high))

@@ -187,7 +187,7 @@ def score_controls(
     Returns:
         'median_box': the median box of the other patients; 'image_centre': points at the centre (only `pointing` is
         defined); 'random_map': independent uniform cells in [0, 1] on the model's grid, taken the model's way;
-        'grid_box': the true box rounded to whole cells (`round_boxes`), about the best that they can say.
+        'grid_box': the true box rounded to whole cells (`round_boxes`), no control but a measure of the grid.
     """
     height, width = height_and_width(image_size)
     boxes, patients = check_boxes(boxes, height, width), np.asarray(patients)

@@ -119,7 +119,8 @@ def summarize_tables(tables: Sequence[LocalizationTable], *, num_resamples: int,
     Returns:
         set ('all_boxed', 'predicted_positives') -> {num_images, num_patients, rules}, where rules is
         rule -> map -> metric -> {estimate, low, high}, or None where nothing is defined, such as the overlap of a
-        centre. The metrics are `localization.compute_columns`, and of maps `GAIN`. Several runs give the mean over
+        centre. The metrics are `localization.compute_columns`, and of maps `GAIN`. Maps and rules that
+        one of the runs lacks, such as a map of one value everywhere, are left out. Several runs give the mean over
         runs, with the variance between seeds in its interval.
 
     Raises:
@@ -133,7 +134,7 @@ def summarize_tables(tables: Sequence[LocalizationTable], *, num_resamples: int,
         keeps = [np.ones(len(t.ids), bool) if which == "all_boxed" else t.predicted_positive for t in tables]
         either = np.any(keeps, axis=0)
         rules: dict[str, dict[str, Any]] = {}
-        for key in first.scores:
+        for key in (key for key in first.scores if all(key in table.scores for table in tables)):
             runs = [
                 {metric: np.where(keep, values, np.nan)[either] for metric, values in _columns(table, *key).items()}
                 for keep, table in zip(keeps, tables, strict=True)

@@ -4,13 +4,15 @@ TPR, FPR and AUROC do not depend on the prevalence, the other metrics do: number
 prevalence only. Table 4 implies 19-20.5 % positives, the stated test set has 9.8 %.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from cxa_jax.errors import UserError
+from cxa_jax.intervals import Interval
 from cxa_jax.metrics import check_labels_and_scores, compute_confusion_metrics
 from cxa_jax.statistics import compute_weighted_statistics
 
@@ -74,6 +76,56 @@ def reweight_confusion(confusion: ArrayLike, prevalence: float) -> np.ndarray:
     support = confusion.sum(-1, keepdims=True)
     rates = np.divide(confusion, support, out=np.zeros_like(confusion), where=support > 0)
     return rates * np.array([[1 - prevalence], [prevalence]])
+
+
+def bound_by_rates(
+    metric: str, interval: Interval, recall: Sequence[float], specificity: Sequence[float], prevalence: float
+) -> Interval:
+    """Return the interval of a metric at another prevalence, bounded by what recall and specificity may be.
+
+    Precision and NPV hang on the ratio of two shares of different patients, TPR / FPR and TNR / FNR, of which one is
+    near 0: theirs is Donner and Zou's (2012), by the variances recovered from the two shares' own intervals (MOVER).
+    No resample shows what no false positive of few images leaves open, and re-weighting magnifies it. Others keep
+    their percentiles; those of 0 or 1 take the metric at both rates' lower, or upper, ends.
+
+    Args:
+        metric: of `compute_confusion_metrics`.
+        interval: percentiles over resamples.
+        recall: (estimate, low, high).
+        specificity: the same.
+        prevalence: pi, in (0, 1).
+    """
+    if not np.isfinite([interval.estimate, *recall, *specificity]).all():
+        return interval
+    others = {"precision": (recall, specificity, prevalence), "npv": (specificity, recall, 1 - prevalence)}
+    others["precision_negative"] = others["npv"]
+    if metric in others:
+        found, excluded, share = others[metric]
+        missed = 1 - excluded[0], 1 - excluded[2], 1 - excluded[1]  # FPR, or FNR: estimate, low, high
+        ends = _bound_ratio(found, missed)
+        low, high = (1.0 if np.isinf(end) else share * end / (share * end + 1 - share) for end in ends)
+    elif interval.estimate in (0.0, 1.0):
+        low, high = (
+            compute_metrics_at_prevalence([[tnr, 1 - tnr], [1 - tpr, tpr]], prevalence)[metric]
+            for tpr, tnr in (recall[1:2] + specificity[1:2], recall[2:3] + specificity[2:3])
+        )
+    else:
+        return interval
+    return replace(interval, low=min(low, interval.estimate), high=max(high, interval.estimate))
+
+
+def _bound_ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """Return the interval of a / b from (estimate, low, high) of either, a and b independent and not negative."""
+    (a, a_low, a_high), (b, b_low, b_high) = a, b
+    if a == b == 0:
+        return 0.0, float("inf")
+    # Donner and Zou's lower end with its numerator made rational, which holds where b or the denominator is 0.
+    least, most = a_low * (2 * a - a_low), a_high * (2 * a - a_high)
+    below, above = b_high * (2 * b - b_high), b_low * (2 * b - b_low)
+    root = max((a * b) ** 2 - least * below, 0.0) ** 0.5
+    low = least / (a * b + root) if least > 0 else 0.0
+    high = (a * b + max((a * b) ** 2 - most * above, 0.0) ** 0.5) / above if above > 0 else float("inf")
+    return low, high
 
 
 def compute_paper_like_metrics(

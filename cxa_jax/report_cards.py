@@ -6,6 +6,7 @@ from typing import Any
 from cxa_jax.localization_table import GAIN, find_leading_map, is_control
 from cxa_jax.report_localization import name_map
 from cxa_jax.report_tables import describe_difference, format_interval, format_number, format_p
+from cxa_jax.strata import MIN_PATIENTS
 
 SHOWN = 3  # strata, pairs: the tables have all
 
@@ -61,15 +62,15 @@ def _how_sure(report: dict[str, Any], best: dict[str, Any]) -> Card:
 def _where(groups: list[dict[str, Any]]) -> Card:
     group = next((group for group in groups if group["localization"]), None)
     if group is None:
-        return Card("Where does it look?", "unknown: no test image with a box", [])
+        return Card("Where does it look?", "unknown: no run with maps of test images that have a box", [])
     part = group["localization"]["all_boxed"]
     maps = part["rules"]["half_max"]
     name = find_leading_map(maps)
     if name is None:
         return Card("Where does it look?", "it has no map", [])
-    gain, control = maps[name].get(GAIN), maps["median_box"]["mean_iou"]
-    if gain is None or control is None:
-        return Card("Where does it look?", "unknown: too few boxed images for a control", [])
+    gain, control = maps[name].get(GAIN), maps.get("median_box", {}).get("mean_iou")
+    if gain is None or control is None or part["num_patients"] < MIN_PATIENTS:
+        return Card("Where does it look?", f"unknown: boxes of {part['num_patients']} patients are too few", [])
     verdict = {"higher": "better than", "lower": "worse than"}.get(describe_difference(gain), "no better than")
     answer = f"{name_map(name)} overlaps {verdict} a box that sees no image"
     lines = [
@@ -84,7 +85,8 @@ def _where(groups: list[dict[str, Any]]) -> Card:
         if values["energy_ratio"]:
             numbers += f", energy {format_interval(values['energy_ratio'], 2)} (1 is chance)"
         lines.append(f"{name_map(key)}: {numbers}")
-    lines.append(f"image centre, control: pointing {format_interval(maps['image_centre']['pointing'], 2)}")
+    if "image_centre" in maps:
+        lines.append(f"image centre, control: pointing {format_interval(maps['image_centre']['pointing'], 2)}")
     return Card("Where does it look?", answer, lines)
 
 

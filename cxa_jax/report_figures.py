@@ -203,7 +203,7 @@ def draw_overlap(report: dict[str, Any], phantom: bool) -> Picture | None:
         for index, name in enumerate(name for name in maps if not is_control(name)):
             _plot_accuracy(axes, maps[name], label=name_map(name), marker="osD^v"[index % 5], **style_of(index))
         for name, line in (("median_box", "-"), ("random_map", ":"), ("grid_box", "-.")):
-            if name in maps:  # files of older versions have no grid box
+            if name in maps:  # files of older versions lack some
                 _plot_accuracy(axes, maps[name], label=name_map(name).split(" of ")[0], color="black", linestyle=line)
         axes.set(xlabel="IoU above", ylabel="share of boxed positives", ylim=(-0.02, 1.02))
         axes.set_title(f"{group['name']}, n {group['localization']['all_boxed']['num_images'][0]}", fontsize=9)

@@ -6,15 +6,15 @@ for every run, so that what two models share cancels in their difference; the se
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import special, stats
 
 from cxa_jax import statistics
 from cxa_jax.errors import UserError
-from cxa_jax.intervals import Interval, shrink_share, widen_certainty
+from cxa_jax.intervals import Interval, shrink_share, widen_certainty, widen_constant
 from cxa_jax.statistics import NUM_RESAMPLES
 from cxa_jax.weighted_statistics import compute_weighted_statistics
 
@@ -64,7 +64,7 @@ def combine(
     level: float = 0.95,
     bounds: tuple[float, float] = (-math.inf, math.inf),
     *,
-    is_share: bool = False,
+    kind: str = "",
 ) -> Interval:
     """Return the mean over seeds and its interval, for the mean of such trainings on such patients.
 
@@ -72,22 +72,32 @@ def combine(
     one seed the second is unknown: the interval holds the first alone. It is cut to `bounds`.
 
     Args:
-      is_share: of a share of images the first is Agresti and Coull's, about their centre (`intervals.shrink_share`):
-        resamples of a share near 0 or 1 vary too little, and of none or all not at all.
+      kind: 'share' of images: the first variance is Agresti and Coull's, about their centre (`intervals.shrink_share`),
+        for resamples of a share near 0 or 1 vary too little, and of none or all not at all. 'area' under the ROC
+        curve: on the logit scale, as of one run (`intervals.make_area_interval`). 'count': `intervals.widen_constant`.
     """
     mean, estimate = samples.resampled.mean(axis=0), float(samples.estimates.mean())
-    centre, between_patients = estimate, math.nan
-    if is_share and math.isfinite(estimate):
+    num_seeds, defined = len(samples.estimates), np.isfinite(mean).sum()
+    between_patients = float(np.nanvar(mean, ddof=1)) if defined > 1 else math.nan
+    between_seeds = float(samples.estimates.var(ddof=1)) / num_seeds if num_seeds > 1 else math.nan
+    centre, scale = estimate, 1.0
+    if kind == "share" and math.isfinite(estimate):
         centre, between_patients = shrink_share(estimate, mean, level, samples.num_patients)
-    elif np.isfinite(mean).sum() > 1:
-        between_patients = float(np.nanvar(mean, ddof=1))
-    num_seeds = len(samples.estimates)
-    parts = [(between_patients, max(samples.num_patients - 1, 1))]
+    elif kind == "area" and 0 < estimate < 1:
+        centre, scale = float(special.logit(estimate)), estimate * (1 - estimate)
+        between_patients *= samples.num_patients / max(samples.num_patients - 1, 1)
+    parts = [(between_patients / scale**2, max(samples.num_patients - 1, 1))]
     if num_seeds > 1:
-        parts.append((float(samples.estimates.var(ddof=1)) / num_seeds, num_seeds - 1))
-    undefined = int((~np.isfinite(mean)).sum())
-    interval, _, _ = make_t_interval(centre, parts, level, bounds)
-    interval = replace(interval, estimate=estimate, num_resamples=len(mean), num_undefined=undefined)
+        parts.append((between_seeds / scale**2, num_seeds - 1))
+    on_logits = scale != 1.0
+    interval, _, _ = make_t_interval(centre, parts, level, (-math.inf, math.inf) if on_logits else bounds)
+    low, high = (float(special.expit(end)) for end in (interval.low, interval.high)) if on_logits else (
+        min(interval.low, estimate), max(interval.high, estimate)
+    )  # fmt: skip
+    undefined = len(mean) - int(defined)
+    interval = Interval(estimate, low, high, level, num_resamples=len(mean), num_undefined=undefined)
+    if kind == "count":
+        return widen_constant(interval, samples.num_patients)
     return widen_certainty(interval, samples.num_patients) if bounds == (0.0, 1.0) else interval
 
 

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from cxa_jax.errors import UserError
 from cxa_jax.intervals import Interval, lower_by_bias, make_interval, make_interval_of
 from cxa_jax.metrics import check_labels_and_scores
-from cxa_jax.weighted_statistics import compute_weighted_statistics, name_units
+from cxa_jax.weighted_statistics import compute_weighted_statistics, find_denominator, name_units
 
 NUM_RESAMPLES = 2000
 MAX_CELLS = 2_000_000  # weights held at once (16 MB an array): bounds memory whatever the data and the resamples
@@ -58,6 +58,16 @@ def count_patients(labels: ArrayLike, patients: ArrayLike | None) -> int:
     return min(len(np.unique(patients[labels == label])) for label in (0, 1))
 
 
+def count_patients_of(
+    statistic: str, labels: np.ndarray, scores: np.ndarray, patients: ArrayLike | None, threshold: float
+) -> int:
+    """Count the patients behind a statistic: of the images that it is a share of, else of the rarer class."""
+    behind = find_denominator(statistic, labels, scores, threshold)
+    if behind is None:
+        return count_patients(labels, patients)
+    return len(np.unique(name_units(patients, len(labels))[behind]))
+
+
 def bootstrap_intervals(
     labels: ArrayLike,
     scores: ArrayLike,
@@ -87,9 +97,11 @@ def bootstrap_intervals(
         compute_weighted_statistics(labels, scores, weights, statistics, threshold)
         for weights in resample_patients(patients, len(labels), num_resamples, seed)
     ]
-    units = count_patients(labels, patients)
     samples = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in statistics}
-    intervals = {name: make_interval_of(name, estimates[name][0], samples[name], level, units) for name in statistics}
+    units = {name: count_patients_of(name, labels, scores, patients, threshold) for name in statistics}
+    intervals = {
+        name: make_interval_of(name, estimates[name][0], samples[name], level, units[name]) for name in statistics
+    }
     if "calibration_error" in intervals:
         intervals["calibration_error"] = lower_by_bias(intervals["calibration_error"], labels, [scores], patients)
     return intervals

@@ -1,5 +1,6 @@
 """The closing lines of a run: the few numbers that a reader looks for first."""
 
+import math
 from typing import Any
 
 from cxa_jax.data.datasets import TITLES
@@ -43,4 +44,6 @@ def _format_localization(localization: dict[str, Any] | None) -> list[str]:
 
 
 def _format_interval(interval: dict[str, float]) -> str:
+    if not math.isfinite(interval["low"]):
+        return f"{interval['estimate']:.3f} [no interval]" if math.isfinite(interval["estimate"]) else "undefined"
     return f"{interval['estimate']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"

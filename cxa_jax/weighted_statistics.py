@@ -62,6 +62,19 @@ def name_units(patients: ArrayLike | None, num_images: int) -> np.ndarray:
     return np.arange(num_images) if patients is None else np.asarray(patients)
 
 
+def find_denominator(statistic: str, labels: np.ndarray, scores: np.ndarray, threshold: float) -> np.ndarray | None:
+    """Return which images [N] a statistic is a share of; None for one that is no share of one class or decision."""
+    if statistic in ("recall", "tpr", *SENSITIVITIES):
+        return labels == 1
+    if statistic in ("fpr", "specificity", "recall_negative"):
+        return labels == 0
+    if statistic == "precision":
+        return scores >= threshold
+    if statistic in ("npv", "precision_negative"):
+        return scores < threshold
+    return np.ones(len(labels), bool) if statistic in ("accuracy", "recall_weighted", "brier_score") else None
+
+
 def compute_weighted_confusion(
     labels: np.ndarray, scores: np.ndarray, weights: np.ndarray, threshold: float
 ) -> np.ndarray:

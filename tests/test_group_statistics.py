@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import special, stats
 
 from cxa_jax.comparison import compute_delong_test, paired_bootstrap
 from cxa_jax.group_statistics import bootstrap_group, bootstrap_group_means, compare_groups, compute_group_delong
@@ -30,10 +31,40 @@ def test_several_runs_are_combined_as_seeds():
     labels, patients, scores = _draw(1, 3)
     group = bootstrap_group(labels, scores, patients, ("auroc",), num_resamples=200)["auroc"]
     samples = sample_auroc(labels, scores, patients, num_resamples=200)
-    expected = combine(samples)
+    expected = combine(samples, kind="area")
     assert group.values == pytest.approx(samples.estimates)
     assert group.sd == pytest.approx(samples.estimates.std(ddof=1))
     assert (group.interval.low, group.interval.high) == pytest.approx((expected.low, expected.high))
+
+
+@pytest.mark.parametrize("num_positives", [10, 20])
+def test_two_runs_cover_an_area_near_one(num_positives):
+    """Two runs with the same scores add no variance between seeds: a second run must not make the interval shorter."""
+    rng, covered, area = np.random.default_rng(num_positives), 0, 0.977
+    labels = np.r_[np.ones(num_positives, int), np.zeros(100, int)]
+    distance = math.sqrt(2) * stats.norm.ppf(area)
+    for seed in range(150):
+        scores = special.expit(distance * labels + rng.normal(size=len(labels)))
+        options = {"num_resamples": 150, "seed": seed}
+        found = bootstrap_group(labels, [scores, scores], None, ("auroc",), **options)["auroc"].interval
+        covered += found.low <= area <= found.high
+    assert covered >= 0.92 * 150
+
+
+def test_a_count_of_several_runs_that_never_varied_has_a_width():
+    runs = [{"a": np.zeros(24)}] * 2
+    one, two = (
+        bootstrap_group_means(some, np.arange(24), {"a": "count"}, num_resamples=50) for some in (runs[:1], runs)
+    )
+    assert one["a"].high == two["a"].high == pytest.approx(0.142, abs=1e-3)
+
+
+def test_too_few_patients_are_not_compared():
+    labels = np.r_[np.ones(4, int), np.zeros(30, int)]
+    scores = np.random.default_rng(1).random((2, 34))
+    groups = [bootstrap_group(labels, [run], None, ("auroc",), num_resamples=50)["auroc"] for run in scores]
+    for test in (compare_groups(*groups), paired_bootstrap(labels, *scores, None, num_resamples=50)):
+        assert math.isnan(test.difference.low) and math.isnan(test.p_value) and math.isfinite(test.difference.estimate)
 
 
 def test_a_calibration_error_reaches_down_by_its_bias_of_one_run_and_of_several():
@@ -73,7 +104,7 @@ def test_means_of_images_are_combined_as_seeds_and_one_run_is_plain():
     kinds = {"iou": "share", "twice": "ratio"}
     several = bootstrap_group_means(runs, patients, kinds, num_resamples=60)
     samples = sample_means(values, patients, num_resamples=60)
-    expected, plain = combine(samples, bounds=(0.0, 1.0), is_share=True), combine(samples)
+    expected, plain = combine(samples, bounds=(0.0, 1.0), kind="share"), combine(samples)
     assert (several["iou"].low, several["iou"].high) == pytest.approx((expected.low, expected.high))
     assert several["twice"].estimate == pytest.approx(2 * expected.estimate)
     assert (several["twice"].low, several["twice"].high) == pytest.approx((2 * plain.low, 2 * plain.high))

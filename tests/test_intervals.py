@@ -8,7 +8,7 @@ from scipy import stats
 
 from cxa_jax import intervals
 from cxa_jax.seed_comparison import SeedSamples, combine
-from cxa_jax.statistics import bootstrap_means
+from cxa_jax.statistics import bootstrap_intervals, bootstrap_means
 
 
 def draw_images(rng, num_patients: int, share: float, likeness: float) -> tuple[np.ndarray, np.ndarray]:
@@ -62,7 +62,7 @@ def measure_coverage_of_seeds(num_simulations: int, num_patients: int, share: fl
         rows = np.stack([common < seed_share for seed_share in draw(3)]).astype(float)
         weights = rng.multinomial(num_patients, np.full(num_patients, 1 / num_patients), 200)[:, patients]
         resampled = rows @ weights.T / weights.sum(1)
-        found = combine(SeedSamples(rows.mean(1), resampled, num_patients), bounds=(0.0, 1.0), is_share=True)
+        found = combine(SeedSamples(rows.mean(1), resampled, num_patients), bounds=(0.0, 1.0), kind="share")
         covered += found.low <= truth <= found.high
     return covered / num_simulations
 
@@ -80,7 +80,7 @@ def test_none_or_all_of_few_patients_has_a_width(outcome, num_runs):
         found = bootstrap_means({"a": values}, patients, {"a": intervals.make_share_interval}, num_resamples=20)["a"]
     else:
         samples = SeedSamples(np.full(num_runs, outcome), np.full((num_runs, 20), outcome), 12)
-        found = combine(samples, bounds=(0.0, 1.0), is_share=True)
+        found = combine(samples, bounds=(0.0, 1.0), kind="share")
     assert found.estimate == outcome
     width = found.high - found.low
     assert 0.15 < width < 0.36 and outcome in (found.low, found.high)  # Clopper and Pearson of 12: .265
@@ -113,3 +113,37 @@ def test_the_width_rests_on_the_patients_that_define_a_value():
     two = bootstrap_means({"a": values}, np.arange(10), maker, num_resamples=50)["a"]
     ten = bootstrap_means({"a": np.ones(10)}, np.arange(10), maker, num_resamples=50)["a"]
     assert two.high == ten.high == 1 and two.low < ten.low - 0.2
+
+
+def test_the_width_of_a_share_rests_on_what_it_is_a_share_of():
+    """One image called positive, rightly: nothing is known of precision, much of specificity."""
+    labels, scores = np.r_[np.ones(100, int), np.zeros(200, int)], np.full(300, 0.1)
+    scores[0] = 0.9
+    found = bootstrap_intervals(labels, scores, None, ("precision", "specificity", "recall"), num_resamples=200)
+    assert found["precision"].estimate == 1 and found["precision"].low < 0.1
+    assert found["specificity"].low > 0.97 and found["recall"].high < 0.06
+
+
+def test_rounding_is_no_variance():
+    makers = {"a": intervals.make_share_interval}
+    for value in (0.5, 0.9, 1 / 3):
+        found = bootstrap_means({"a": np.full(24, value)}, np.arange(24), makers, num_resamples=100)["a"]
+        assert found.high - found.low > 0.2
+
+
+def test_of_one_patient_nothing_is_known():
+    found = bootstrap_means({"a": [1.2, 1.4]}, [0, 0], num_resamples=20)["a"]
+    assert found.estimate == pytest.approx(1.3) and math.isnan(found.low) and math.isnan(found.high)
+
+
+def test_an_interval_holds_its_estimate():
+    rng = np.random.default_rng()
+    for _ in range(200):
+        num_patients, num_runs = int(rng.integers(1, 9)), int(rng.integers(1, 6))
+        rows = rng.integers(0, 2, (num_runs, num_patients)).astype(float)
+        weights = rng.multinomial(num_patients, np.full(num_patients, 1 / num_patients), 100)
+        samples = SeedSamples(rows.mean(1), rows @ weights.T / num_patients, num_patients)
+        found = combine(samples, bounds=(0.0, 1.0), kind="share")
+        assert 0 <= found.low <= found.estimate <= found.high <= 1
+        single = intervals.make_share_interval(rows[0].mean(), samples.resampled[0], 0.95, num_patients)
+        assert 0 <= single.low <= single.estimate <= single.high <= 1

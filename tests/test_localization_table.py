@@ -85,6 +85,14 @@ def test_the_map_that_answers_is_fixed_beforehand():
     assert find_leading_map(["cam"]) == "cam" and find_leading_map(["median_box", "grid_box"]) is None
 
 
+def test_maps_that_one_of_the_runs_lacks_are_left_out(tables):
+    old = {key: values for key, values in tables[1].scores.items() if key[0] not in ("grid_box", "attention")}
+    pair = [tables[0], dataclasses.replace(tables[1], scores=old)]
+    for some in (pair, pair[::-1]):
+        names = summarize_tables(some, num_resamples=20, seed=0)["all_boxed"]["rules"]["half_max"]
+        assert "median_box" in names and not {"grid_box", "attention"} & names.keys()
+
+
 def test_controls_are_known_by_name():
     assert all(map(is_control, ("median_box", "image_centre", "random_map", "grid_box", "random_weights_attention")))
     assert not any(map(is_control, ("attention", "weights", "evidence", "cam", "grad_cam")))

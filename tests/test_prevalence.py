@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from cxa_jax import prevalence
+from cxa_jax.classification import describe_threshold
 from cxa_jax.errors import UserError
 from cxa_jax.metrics import compute_confusion_matrix, compute_confusion_metrics
+from cxa_jax.predictions import PredictionTable
 
 
 def test_reweighting_equals_copies_of_images():
@@ -97,3 +99,35 @@ def test_the_search_finds_exactly_the_matrices_that_print_alike():
     assert (51, 9, 7, 23) in found and found == expected
     weighted = prevalence.find_feasible_confusion_matrices(row, 60, 30, check_weighted=True)
     assert (51, 9, 7, 23) in {tuple(matrix.ravel()) for matrix in weighted} and len(weighted) <= len(found)
+
+
+@pytest.mark.parametrize(("tpr", "fpr"), [(0.6, 0.005), (0.6, 0.02), (0.05, 0.005), (0.7, 0.1)])
+def test_precision_and_npv_at_another_prevalence_are_covered(tpr, fpr):
+    """60 positives, 200 negatives at a prevalence of .0327: percentiles covered 62 % where false positives are rare."""
+    rng, covered, num_known, share = np.random.default_rng(5), np.zeros(2), 0, 0.0327
+    labels, ids = np.r_[np.ones(60, int), np.zeros(200, int)], np.arange(260).astype(str)
+    truth = [
+        prevalence.compute_metrics_at_prevalence([[1 - fpr, fpr], [1 - tpr, tpr]], share)[name]
+        for name in ("precision", "npv")
+    ]
+    for _ in range(150):
+        scores = np.where(rng.random(260) < np.where(labels == 1, tpr, fpr), 0.9, 0.1)
+        if not np.any(scores > 0.5):
+            continue
+        num_known += 1
+        table = PredictionTable(ids, labels, scores)
+        found = describe_threshold(table, 0.5, "fixed", (share,), num_resamples=100, seed=0)["at_prevalence"][
+            f"{share:g}"
+        ]
+        for index, name in enumerate(("precision", "npv")):
+            assert 0 <= found[name]["low"] <= found[name]["estimate"] <= found[name]["high"] <= 1
+            covered[index] += found[name]["low"] <= truth[index] <= found[name]["high"]
+    assert np.all(covered >= 0.9 * num_known), covered / num_known
+
+
+def test_a_perfect_test_is_not_sure_at_a_low_prevalence():
+    labels = np.r_[np.ones(60, int), np.zeros(200, int)]
+    table = PredictionTable(np.arange(260).astype(str), labels, labels * 0.8 + 0.1)
+    found = describe_threshold(table, 0.5, "fixed", (0.03,), num_resamples=100, seed=0)["at_prevalence"]["0.03"]
+    assert found["precision"]["estimate"] == 1 and found["precision"]["low"] < 0.65
+    assert found["f1"]["estimate"] == 1 and found["f1"]["low"] < 0.8

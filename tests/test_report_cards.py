@@ -82,3 +82,10 @@ def test_a_difference_is_named_only_where_its_interval_leaves_out_zero():
     assert describe_difference(interval(0.01)) == "no difference shown"
     assert describe_difference(interval(0.05)) == "higher" and describe_difference(interval(-0.05)) == "lower"
     assert describe_difference({"estimate": float("nan"), "low": float("nan"), "high": float("nan")}) == "undefined"
+
+
+def test_few_boxed_patients_get_no_verdict():
+    report = make_report(0.2)
+    for group in report["groups"]:
+        group["localization"] = {"all_boxed": group["localization"]["all_boxed"] | {"num_patients": 2}}
+    assert write_cards(report)[2].answer == "unknown: boxes of 2 patients are too few"
