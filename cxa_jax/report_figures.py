@@ -197,7 +197,7 @@ def draw_overlap(report: dict[str, Any], phantom: bool) -> Picture | None:
     groups = [group for group in report["groups"] if group["localization"]]
     if not groups:
         return None
-    figure, panels = create_panels(len(groups), 3, (4.2, 3.9), (0.6, 0.2), phantom)
+    figure, panels = create_panels(len(groups), 3, (4.2, 4.7), (0.6, 0.2), phantom)
     for axes, group in zip(panels, groups, strict=True):
         maps = group["localization"]["all_boxed"]["rules"]["half_max"]
         for index, name in enumerate(name for name in maps if not is_control(name)):
@@ -207,7 +207,8 @@ def draw_overlap(report: dict[str, Any], phantom: bool) -> Picture | None:
                 _plot_accuracy(axes, maps[name], label=name_map(name).split(" of ")[0], color="black", linestyle=line)
         axes.set(xlabel="IoU above", ylabel="share of boxed positives", ylim=(-0.02, 1.02))
         axes.set_title(f"{group['name']}, n {group['localization']['all_boxed']['num_images'][0]}", fontsize=9)
-        axes.legend(fontsize=7)
+        # Below: everywhere within, some line would be hidden.
+        axes.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     caption = "Boxes at half the maximum, largest component. The black line saw no image: the others' median box."
     return Picture("overlap", "Overlap with the true boxes", caption, figure)
 

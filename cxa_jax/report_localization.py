@@ -16,7 +16,7 @@ MAP_NAMES = {
     "median_box": "control: median box of the other patients",
     "image_centre": "control: image centre",
     "random_map": "control: random map",
-    "grid_box": "reference: the true box rounded to whole cells",
+    "grid_box": "reference: true box in whole cells",
 }
 RULE_NAMES = {
     "half_max": "half the maximum, largest component",
