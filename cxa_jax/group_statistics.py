@@ -142,11 +142,12 @@ def bootstrap_group_means(
     if len(runs) == 1 or not len(np.asarray(patients)):  # without an image nothing is defined
         makers = {name: MEAN_KINDS[kind][0] for name, kind in kinds.items()}
         return bootstrap_means(runs[0], patients, makers, num_resamples=num_resamples, seed=seed, level=level)
-    sampled = [
-        sample_means(np.stack([run[name] for name in kinds], axis=1), patients, num_resamples, seed) for run in runs
-    ]
-    estimates, resampled = (np.stack([part[index] for part in sampled]) for index in (0, 1))  # [S, K], [S, K, R]
-    units = np.max([part[2] for part in sampled], axis=0)
+    # All runs at once: they share their resamples.
+    columns = np.stack([run[name] for run in runs for name in kinds], axis=1)
+    estimates, resampled, units = sample_means(columns, patients, num_resamples, seed)
+    shape = len(runs), len(kinds)
+    estimates, resampled = estimates.reshape(shape), resampled.reshape(*shape, -1)  # [S, K], [S, K, R]
+    units = units.reshape(shape).max(axis=0)
     return {
         name: combine(
             SeedSamples(estimates[:, k], resampled[:, k], int(units[k])),

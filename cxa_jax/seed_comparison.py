@@ -77,28 +77,27 @@ def combine(
         curve: on the logit scale, as of one run (`intervals.make_area_interval`). 'count': `intervals.widen_constant`.
     """
     mean, estimate = samples.resampled.mean(axis=0), float(samples.estimates.mean())
-    num_seeds, defined = len(samples.estimates), np.isfinite(mean).sum()
-    between_patients = float(np.nanvar(mean, ddof=1)) if defined > 1 else math.nan
-    between_seeds = float(samples.estimates.var(ddof=1)) / num_seeds if num_seeds > 1 else math.nan
-    centre, scale = estimate, 1.0
+    num_seeds, num_defined = len(samples.estimates), int(np.isfinite(mean).sum())
+    num_patients, free = samples.num_patients, max(samples.num_patients - 1, 1)
+    centre, between_patients = estimate, float(np.nanvar(mean, ddof=1)) if num_defined > 1 else math.nan
     if kind == "share" and math.isfinite(estimate):
-        centre, between_patients = shrink_share(estimate, mean, level, samples.num_patients)
-    elif kind == "area" and 0 < estimate < 1:
-        centre, scale = float(special.logit(estimate)), estimate * (1 - estimate)
-        between_patients *= samples.num_patients / max(samples.num_patients - 1, 1)
-    parts = [(between_patients / scale**2, max(samples.num_patients - 1, 1))]
+        centre, between_patients = shrink_share(estimate, mean, level, num_patients)
+    parts = [(between_patients, free)]
     if num_seeds > 1:
-        parts.append((between_seeds / scale**2, num_seeds - 1))
-    on_logits = scale != 1.0
-    interval, _, _ = make_t_interval(centre, parts, level, (-math.inf, math.inf) if on_logits else bounds)
-    low, high = (float(special.expit(end)) for end in (interval.low, interval.high)) if on_logits else (
-        min(interval.low, estimate), max(interval.high, estimate)
-    )  # fmt: skip
-    undefined = len(mean) - int(defined)
-    interval = Interval(estimate, low, high, level, num_resamples=len(mean), num_undefined=undefined)
+        parts.append((float(samples.estimates.var(ddof=1)) / num_seeds, num_seeds - 1))
+    if kind == "area" and 0 < estimate < 1:
+        parts[0] = between_patients * num_patients / free, free
+        slope = estimate * (1 - estimate)  # of the logit's inverse
+        on_logits = [(variance / slope**2, freedom) for variance, freedom in parts]
+        ends, _, _ = make_t_interval(float(special.logit(estimate)), on_logits, level, (-math.inf, math.inf))
+        low, high = float(special.expit(ends.low)), float(special.expit(ends.high))
+    else:
+        ends, _, _ = make_t_interval(centre, parts, level, bounds)
+        low, high = min(ends.low, estimate), max(ends.high, estimate)
+    interval = Interval(estimate, low, high, level, len(mean), len(mean) - num_defined)
     if kind == "count":
-        return widen_constant(interval, samples.num_patients)
-    return widen_certainty(interval, samples.num_patients) if bounds == (0.0, 1.0) else interval
+        return widen_constant(interval, num_patients)
+    return widen_certainty(interval, num_patients) if bounds == (0.0, 1.0) else interval
 
 
 def make_t_interval(
