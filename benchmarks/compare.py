@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 
@@ -35,7 +36,12 @@ PROGRAMS = {
     "torch": ("PyTorch eager", "pytorch.py", ["--mode=eager"], "peers"),
     "torch_compiled": ("PyTorch compiled, channels last", "pytorch.py", ["--mode=compiled"], "peers"),
 }
-CALLS = {"train": "train step", "predict": "inference, whole batch", "predict_one": "inference, batch 1"}
+CALLS = {
+    "train": "train step",
+    "train_run": "ten train steps, the batch on the device",
+    "predict": "inference, whole batch",
+    "predict_one": "inference, batch 1",
+}
 # Where compilers keep programs; pointed at an empty folder, so that a start is a cold one.
 CACHES = ("JAX_COMPILATION_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
@@ -91,7 +97,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", required=True, help="of the files in benchmarks/results")
     parser.add_argument("--programs", default=",".join(PROGRAMS), help="the first one is what ratios refer to")
-    parser.add_argument("--calls", default=",".join(CALLS))
+    parser.add_argument("--calls", default="train,predict,predict_one", help=", ".join(CALLS))
     parser.add_argument("--backbone", default="densenet121")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--image_size", type=int, default=224)
@@ -101,6 +107,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--python", default=sys.executable, help="with the project's requirements")
     parser.add_argument("--peers_python", default=sys.executable, help="with benchmarks/requirements.txt")
     parser.add_argument("--caches", default="", help="folder for compiled programs; empty: a new one, for cold starts")
+    parser.add_argument("--patience", type=float, default=1800, help="seconds that a program may take to start")
     parser.add_argument("--results", default=str(HERE / "results"), help="folder of the outcome")
     arguments = parser.parse_args()
     for flag, known in (("programs", PROGRAMS), ("calls", CALLS)):
@@ -126,8 +133,11 @@ def start(name: str, arguments: argparse.Namespace) -> Iterator[Peer | str]:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | caches
         )
+        impatience = threading.Timer(arguments.patience, process.kill)
+        impatience.start()
         try:
             ready = read_answer(process)
+            impatience.cancel()
             if ready is None:
                 errors.seek(0)
                 lines = errors.read().strip().splitlines() or ["it said nothing"]
@@ -137,6 +147,7 @@ def start(name: str, arguments: argparse.Namespace) -> Iterator[Peer | str]:
                 empty = [{call: [] for call in CALLS} for _ in range(2)]
                 yield Peer(name, process, ready["about"], time.perf_counter() - began, *empty)
         finally:
+            impatience.cancel()
             process.kill()
             process.wait()
 
@@ -164,12 +175,10 @@ def take_turns(peers: list[Peer], calls: list[str], arguments: argparse.Namespac
 
 def describe(peers: list[Peer], skipped: dict[str, str], calls: list[str], arguments: argparse.Namespace) -> dict:
     """Return everything worth keeping, in JSON's types."""
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty=+changes", "--abbrev=40", "--match=no tag"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     first = peers[0]
     return {
         "command": " ".join(["python benchmarks/compare.py", *filter(is_not_a_place, sys.argv[1:])]),
-        "commit": commit,
+        "commit": find_commit(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": f"{processor()}, {len(os.sched_getaffinity(0))} cores, {platform.system()}",
         "load_average": os.getloadavg(),
@@ -185,6 +194,12 @@ def describe(peers: list[Peer], skipped: dict[str, str], calls: list[str], argum
             for peer in peers
         },
     }
+
+
+def find_commit() -> str:
+    """Return the commit of this file, marked if files differ from it; 'unknown' outside a repository."""
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty=+changes", "--abbrev=40", "--match=no tag"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def is_not_a_place(argument: str) -> bool:
@@ -254,15 +269,20 @@ def format_markdown(outcome: dict) -> str:
 
 
 def write(outcome: dict, arguments: argparse.Namespace) -> None:
-    """Write NAME.json and NAME.md, each all or nothing, and print the latter."""
+    """Write NAME.json and NAME.md, and print the latter."""
     folder = pathlib.Path(arguments.results)
     folder.mkdir(parents=True, exist_ok=True)
     page = format_markdown(outcome)
-    for suffix, text in ((".json", json.dumps(outcome, indent=1) + "\n"), (".md", page)):
-        temporary = folder / f".{arguments.name}{suffix}.{os.getpid()}"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, folder / (arguments.name + suffix))
+    write_files(folder, arguments.name, json.dumps(outcome, indent=1) + "\n", page)
     print(page)
+
+
+def write_files(folder: pathlib.Path, name: str, record: str, page: str) -> None:
+    """Write NAME.json and NAME.md, each all or nothing."""
+    for suffix, text in ((".json", record), (".md", page)):
+        temporary = folder / f".{name}{suffix}.{os.getpid()}"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, folder / (name + suffix))
 
 
 if __name__ == "__main__":

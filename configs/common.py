@@ -96,7 +96,7 @@ def _model(backbone: str) -> ConfigDict:
             "attended": "normalized",  # what the pooling reads
             "dropout": 0.5,  # before each dense layer of the head (A6)
             "dtype": "float32",  # compute type of the backbone: 'float32' | 'bfloat16' (GPUs; the rest stays float32)
-            "implementation": "auto",  # graph of the backbone: 'auto' (by platform) | 'plain' | 'fused'; same function
+            "implementation": "auto",  # graph of the backbone: 'auto' | 'plain' | 'fused' | 'kernels'; same function
         }
     )
 

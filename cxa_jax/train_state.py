@@ -43,7 +43,21 @@ def init_train_state(
 def create_train_state(
     key: jax.Array, model: CardioXAttentionNet, tx: optax.GradientTransformation, image_size: int
 ) -> TrainState:
-    """Run `init_train_state` compiled; without jit Flax' init runs the network op by op."""
+    """Run `init_train_state` compiled, on the processor; without jit Flax' init runs the network op by op.
+
+    The same key gives the same numbers whatever accelerator there is, and a GPU's compiler takes many times as long for
+    the hundreds of small programs that draw them.
+    """
     init = functools.partial(init_train_state, model=model, tx=tx, image_size=image_size)
     # It runs once, so what counts is to compile it quickly: the numbers are the same ones.
-    return jax.jit(init, compiler_options={"xla_backend_optimization_level": 0})(key)
+    jitted = jax.jit(init, compiler_options={"xla_backend_optimization_level": 0})
+    with jax.default_device(_find_processor()):
+        return jitted(jax.random.wrap_key_data(jax.device_get(jax.random.key_data(key)), impl=jax.random.key_impl(key)))
+
+
+def _find_processor() -> jax.Device | None:
+    """Return the processor as a device; None, for jax' own choice, where JAX_PLATFORMS leaves it out."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None

@@ -8,11 +8,13 @@ import os
 import pathlib
 import sys
 
-from protocol import LEARNING_RATE, MOMENTUM, parse_arguments, serve
+from protocol import LEARNING_RATE, MOMENTUM, RUN_STEPS, parse_arguments, serve
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 arguments = parse_arguments(
-    implementation=("auto", "plain", "fused"), dtype=("float32", "bfloat16"), host_devices=("launcher", "1", "4", "8")
+    implementation=("auto", "plain", "fused", "kernels"),
+    dtype=("float32", "bfloat16"),
+    host_devices=("launcher", "1", "4", "8"),
 )
 if arguments.host_devices != "launcher":
     os.environ["JAX_NUM_CPU_DEVICES"] = arguments.host_devices
@@ -46,7 +48,7 @@ run = build_run()
 rng = np.random.default_rng(0)
 images = rng.integers(0, 256, (arguments.batch_size, arguments.image_size, arguments.image_size, 1), np.uint8)
 labels = np.arange(arguments.batch_size, dtype=np.int32) % 2
-with compiling_train_step(run) if arguments.first == "train" else contextlib.nullcontext():  # as training does
+with compiling_train_step(run) if arguments.first.startswith("train") else contextlib.nullcontext():  # as training does
     state = run.create_state()
 rate_scale = jax.device_put(np.float32(1), replicated(run.mesh))
 
@@ -57,6 +59,19 @@ def train() -> float:
     batch = put_batch({"image": images, "label": labels, "mask": np.ones(arguments.batch_size, bool)}, run.mesh)
     state, metrics = run.train_step(state, batch, rate_scale, run.root_key)
     return float(metrics["loss"])
+
+
+def make_train_run():
+    """Return a call of RUN_STEPS steps in a row on one batch that lies on the device, the last one's loss fetched."""
+    batch = put_batch({"image": images, "label": labels, "mask": np.ones(arguments.batch_size, bool)}, run.mesh)
+
+    def train_run() -> float:
+        global state
+        for _ in range(RUN_STEPS):
+            state, metrics = run.train_step(state, batch, rate_scale, run.root_key)
+        return float(metrics["loss"])
+
+    return train_run
 
 
 def make_predict(batch_size: int):
@@ -81,10 +96,16 @@ def make_predict(batch_size: int):
 
 serve(
     arguments.first,
-    {"train": train, "predict": make_predict(arguments.batch_size), "predict_one": make_predict(1)},
+    {
+        "train": train,
+        "train_run": make_train_run(),
+        "predict": make_predict(arguments.batch_size),
+        "predict_one": make_predict(1),
+    },
     {
         "jax": jax.__version__,
         "graph": run.model.backbone.implementation,
+        "device": jax.devices()[0].device_kind,
         "devices": run.mesh.size,
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
     },

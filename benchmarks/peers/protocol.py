@@ -18,6 +18,7 @@ LEARNING_RATE, MOMENTUM = 1e-4, 0.9
 DROPOUT = 0.5
 AMM_WIDTHS = (128, 32, 16)
 HEAD_WIDTH = 128
+RUN_STEPS = 10  # of the call "train_run"
 
 
 def parse_arguments(**choices: tuple[str, ...]) -> argparse.Namespace:

@@ -11,6 +11,7 @@ from protocol import (
     HEAD_WIDTH,
     LEARNING_RATE,
     MOMENTUM,
+    RUN_STEPS,
     parse_arguments,
     serve,
 )
@@ -63,8 +64,8 @@ labels = (torch.arange(arguments.batch_size) % 2).float().to(device)
 weights = torch.where(labels > 0, CLASS_WEIGHTS[1], CLASS_WEIGHTS[0])
 
 
-def train() -> float:
-    """Run one step to its loss on the host."""
+def step() -> torch.Tensor:
+    """Run one step; its loss stays on the device."""
     network.train()
     optimizer.zero_grad(set_to_none=True)
     with autocast:
@@ -72,6 +73,18 @@ def train() -> float:
     loss = F.binary_cross_entropy_with_logits(logits.float(), labels, weight=weights)
     loss.backward()
     optimizer.step()
+    return loss
+
+
+def train() -> float:
+    """Run one step to its loss on the host."""
+    return step().item()
+
+
+def train_run() -> float:
+    """Run RUN_STEPS steps in a row, and fetch the last one's loss."""
+    for _ in range(RUN_STEPS):
+        loss = step()
     return loss.item()
 
 
@@ -84,10 +97,15 @@ def predict(batch: torch.Tensor):
 
 serve(
     arguments.first,
-    {"train": train, "predict": lambda: predict(images), "predict_one": lambda: predict(images[:1])},
+    {
+        "train": train,
+        "train_run": train_run,
+        "predict": lambda: predict(images),
+        "predict_one": lambda: predict(images[:1]),
+    },
     {
         "torch": torch.__version__,
-        "device": device,
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "threads": torch.get_num_threads(),
         "num_params": sum(parameter.numel() for parameter in network.parameters()),
     },

@@ -12,6 +12,7 @@ from cxa_jax.errors import UserError
 from cxa_jax.findings import CARDIOMEGALY, FINDINGS
 from cxa_jax.models.amm import EPSILON, AttentionMappingMechanism
 from cxa_jax.models.backbones import BACKBONES, select_implementation
+from cxa_jax.models.kernel_tiles import is_available
 from cxa_jax.models.layers import BATCH_NORM_MOMENTUM, GLOROT
 from cxa_jax.pooling import FEATURES_ONLY, POOLINGS, gated_attention_logits
 
@@ -187,7 +188,9 @@ def create_model(config: ConfigDict, *, remat: bool = False) -> CardioXAttention
     check_model(config)
     backbone = BACKBONES[config.backbone](
         dtype=jnp.dtype(config.dtype),
-        implementation=select_implementation(config.implementation, jax.default_backend()),
+        implementation=select_implementation(
+            config.implementation, config.backbone, config.dtype, jax.default_backend(), is_available()
+        ),
         remat=remat,
     )
     return CardioXAttentionNet(

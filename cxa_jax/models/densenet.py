@@ -92,7 +92,7 @@ class DenseNet(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         check_images(images, self.min_size, type(self).__name__)
         check_implementation(self.implementation)
-        if self.implementation == "fused":
+        if self.implementation != "plain":
             return fused_densenet(
                 images,
                 self.num_layers,
@@ -102,6 +102,7 @@ class DenseNet(nn.Module):
                 train=train,
                 dtype=self.dtype,
                 recompute=self.remat,
+                kernels=self.implementation == "kernels",
             )
         norm = partial(batch_norm, train=train, epsilon=EPSILON, dtype=self.dtype)
         x = conv(64, 7, strides=2, padding=((3, 3), (3, 3)), dtype=self.dtype, name="stem_conv")(images)

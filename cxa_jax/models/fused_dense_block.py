@@ -29,13 +29,14 @@ Kept between the passes: X, its moments and the bottlenecks y_l (not even those 
 elementwise in what is kept and are computed again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from cxa_jax.models import dense_kernels
 from cxa_jax.models.fused_ops import (
     Affine,
     Moments,
@@ -69,9 +70,39 @@ class LayerMoments(NamedTuple):
     norm2: Moments
 
 
-def _bottleneck(x, moments, norm1, kernel1, epsilon):
-    """X_l -> y_l."""
-    return conv_1x1(normalize_relu(x, moments, norm1, epsilon), kernel1)
+class LayerOps(NamedTuple):
+    """What a platform does in its own way: X_l -> y_l with y_l's moments, and the layer's two halves undone."""
+
+    bottleneck: Callable
+    undo_bottleneck: Callable
+    undo_growth: Callable
+
+
+def _bottleneck(features, moments, norm1, kernel1, epsilon):
+    """The block's buffer, whose first channels are X_l -> y_l and its moments."""
+    y = conv_1x1(normalize_relu(_first(features, moments), moments, norm1, epsilon), kernel1)
+    return y, compute_moments(y)
+
+
+def _undo_bottleneck(features, g_features, moments, norm1, kernel1, epsilon, g):
+    """Add X_l's gradient to the buffer's first channels; return it, and the gradients of moments, norm1 and kernel1."""
+    g_x, *others = _undo(undo_conv_1x1, _first(features, moments), moments, norm1, kernel1, epsilon, g)
+    return _add_to_first(g_features, g_x), *others
+
+
+def _undo_growth(y, moments, norm2, kernel2, epsilon, g, g_moments):
+    """Gradients of y_l, whole, of norm2 and of kernel2 from those of o_l and of y_l's moments."""
+    g_y, g_own, g_norm2, g_kernel2 = _undo(undo_conv_3x3, y, moments, norm2, kernel2, epsilon, g)
+    return g_y + moments_gradient(y, moments, jax.tree.map(jnp.add, g_own, g_moments)), g_norm2, g_kernel2
+
+
+XLA = LayerOps(_bottleneck, _undo_bottleneck, _undo_growth)
+KERNELS = LayerOps(dense_kernels.bottleneck, dense_kernels.undo_bottleneck, dense_kernels.undo_growth)
+
+
+def _choose(kernels, x):
+    """The GPU's kernels, if they are asked for and take the shape."""
+    return KERNELS if kernels and dense_kernels.takes(x.shape) else XLA
 
 
 def _growth(y, moments, norm2, kernel2, epsilon):
@@ -85,9 +116,9 @@ def _undo(undo_conv, x, moments, norm, kernel, epsilon, g):
     return *undo_normalize_relu(epsilon, (x, moments, norm), g), g_kernel
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def dense_block(
-    x: jax.Array, layers: tuple[LayerParams, ...], epsilon: float, recompute: bool = False
+    x: jax.Array, layers: tuple[LayerParams, ...], epsilon: float, recompute: bool = False, kernels: bool = False
 ) -> tuple[jax.Array, Moments, tuple[Moments, ...]]:
     """Apply a dense block in training mode: [B, H, W, C] -> [B, H, W, C + 32 * layers].
 
@@ -96,53 +127,56 @@ def dense_block(
       layers: one LayerParams a layer, in order; layer i reads the first C + 32 i channels.
       epsilon: added to every variance.
       recompute: compute the 1x1 convolutions again in the backward pass instead of keeping their outputs.
+      kernels: on a GPU, the 1x1 halves of the layers by dense_kernels.py, where it takes the shape.
 
     Returns:
       The features, the batch moments of all their channels (the norm after the block needs them, and their gradient
       is part of it), and the moments of each layer's norm2. First-order gradients only.
     """
-    features, moments, bottlenecks = _forward(x, layers, epsilon)
+    features, moments, bottlenecks = _forward(x, layers, epsilon, kernels)
     return features, moments, tuple(m for _, m in bottlenecks)
 
 
-def _forward(x, layers, epsilon):
-    num_inputs, ends = x.shape[-1], _ends(x, layers)
+def _forward(x, layers, epsilon, kernels):
+    num_inputs, ends, ops = x.shape[-1], _ends(x, layers), _choose(kernels, x)
     features = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, ends[-1] - num_inputs)))
     moments = compute_moments(x)
     bottlenecks = []
     for layer, end in zip(layers, ends, strict=False):
-        y = _bottleneck(features[..., :end], moments, layer.norm1, layer.kernel1, epsilon)
-        y_moments = compute_moments(y)
+        y, y_moments = ops.bottleneck(features, moments, layer.norm1, layer.kernel1, epsilon)
         new = _growth(y, y_moments, layer.norm2, layer.kernel2, epsilon)
         features = jax.lax.dynamic_update_slice_in_dim(features, new, end, axis=3)
         moments = jax.tree.map(lambda old, add: jnp.concatenate([old, add]), moments, compute_moments(new))
         bottlenecks.append((y, y_moments))
+    if ops is KERNELS:  # XLA:GPU would merge the last layer's write with what reads it, and copy the buffer for it
+        features = jax.lax.optimization_barrier(features)
     return features, moments, bottlenecks
 
 
-def _dense_block_forward(x, layers, epsilon, recompute):
-    features, moments, bottlenecks = _forward(x, layers, epsilon)
+def _dense_block_forward(x, layers, epsilon, recompute, kernels):
+    features, moments, bottlenecks = _forward(x, layers, epsilon, kernels)
     y_moments = tuple(m for _, m in bottlenecks)
     kept = tuple(None if recompute else y for y, _ in bottlenecks)
     return (features, moments, y_moments), (features, moments, y_moments, kept, layers)
 
 
-def _dense_block_backward(epsilon, recompute, saved, g):
+def _dense_block_backward(epsilon, recompute, kernels, saved, g):
     features, moments, y_moments, kept, layers = saved
     g_features, g_moments, g_y_moments = g
-    num_inputs = layers[0].kernel1.shape[2]
+    num_inputs, ops = layers[0].kernel1.shape[2], _choose(kernels, features)
     g_layers = [None] * len(layers)
     start, end = features.shape[-1], features.shape[-1]
     for i in reversed(range(len(layers))):
         layer, start, end = layers[i], layers[i].kernel1.shape[2], start
         g_new = _finished(features, moments, g_features, g_moments, start, end)
-        x, x_moments = features[..., :start], _not_before(g_moments, first_channels(moments, start))
-        y = _bottleneck(x, x_moments, layer.norm1, layer.kernel1, epsilon) if recompute else kept[i]
-        own = _not_before(g_moments, y_moments[i])
-        g_y, g_own, g_norm2, g_kernel2 = _undo(undo_conv_3x3, y, own, layer.norm2, layer.kernel2, epsilon, g_new)
-        g_y += moments_gradient(y, own, jax.tree.map(jnp.add, g_own, g_y_moments[i]))
-        g_x, g_shared, g_norm1, g_kernel1 = _undo(undo_conv_1x1, x, x_moments, layer.norm1, layer.kernel1, epsilon, g_y)
-        g_features = _add_to_first(g_features, g_x)
+        x_moments, own = first_channels(moments, start), y_moments[i]
+        if recompute or ops is XLA:
+            x_moments, own = _not_before(g_moments, x_moments), _not_before(g_moments, own)
+        y = ops.bottleneck(features, x_moments, layer.norm1, layer.kernel1, epsilon)[0] if recompute else kept[i]
+        g_y, g_norm2, g_kernel2 = ops.undo_growth(y, own, layer.norm2, layer.kernel2, epsilon, g_new, g_y_moments[i])
+        g_features, g_shared, g_norm1, g_kernel1 = ops.undo_bottleneck(
+            features, g_features, x_moments, layer.norm1, layer.kernel1, epsilon, g_y
+        )
         g_moments = jax.tree.map(_add_to_first, g_moments, g_shared)
         g_layers[i] = LayerParams(g_norm1, g_kernel1, g_norm2, g_kernel2)
     return _finished(features, moments, g_features, g_moments, 0, num_inputs), tuple(g_layers)
@@ -158,6 +192,11 @@ def _not_before(g_moments, moments):
     activations of all layers as soon as it can, and holds them all: the memory that recomputing was to save.
     """
     return Moments(moments.mean + 0 * g_moments.mean[0], moments.var)
+
+
+def _first(features, moments):
+    """The channels of the buffer that have these moments."""
+    return features[..., : moments.mean.size]
 
 
 def _add_to_first(total, g):

@@ -15,6 +15,7 @@ from cxa_jax.models.fused_dense_block import (
 )
 from cxa_jax.models.fused_layers import Norm
 from cxa_jax.models.fused_pools import avg_pool_2x2, max_pool_3x3
+from cxa_jax.models.fused_stem import convolve_blocks
 from cxa_jax.models.layers import GLOROT, conv
 
 
@@ -62,6 +63,7 @@ class Block(nn.Module):
     bottleneck: int
     epsilon: float
     recompute: bool
+    kernels: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, ops.Moments | None]:
@@ -73,7 +75,7 @@ class Block(nn.Module):
         params = tuple(layer.params() for layer in layers)
         if not train:
             return dense_block_inference(x, params, [layer.running() for layer in layers], self.epsilon), None
-        features, moments, bottleneck_moments = dense_block(x, params, self.epsilon, self.recompute)
+        features, moments, bottleneck_moments = dense_block(x, params, self.epsilon, self.recompute, self.kernels)
         for layer, norm2 in zip(layers, bottleneck_moments, strict=True):
             layer.update(LayerMoments(ops.first_channels(moments, layer.num_inputs), norm2))
         return features, moments
@@ -101,13 +103,16 @@ def fused_densenet(
     train: bool,
     dtype: Any,
     recompute: bool,
+    kernels: bool,
 ) -> jax.Array:
     """Build the fused graph in the scope of the calling DenseNet: images [B, H, W, 3] -> F [B, H/32, W/32, C]."""
-    x = conv(64, 7, strides=2, padding=((3, 3), (3, 3)), dtype=dtype, name="stem_conv")(images)
+    padding, convolve = ((3, 3), (3, 3)), convolve_blocks if kernels else None
+    x = conv(64, 7, strides=2, padding=padding, dtype=dtype, convolve=convolve, name="stem_conv")(images)
     moments = ops.compute_moments(x) if train else None
-    x = max_pool_3x3(Norm(64, name="stem_norm")(x, moments, epsilon, relu=True))
+    x = Norm(64, name="stem_norm")(x, moments, epsilon, relu=True, kernels=kernels)
+    x = max_pool_3x3(x, kernels=kernels)
     for i, n in enumerate(num_layers, start=1):
         if i > 1:
             x = Transition(epsilon, name=f"transition{i - 1}")(x, moments)
-        x, moments = Block(n, growth, bottleneck, epsilon, recompute, name=f"block{i}")(x, train=train)
+        x, moments = Block(n, growth, bottleneck, epsilon, recompute, kernels, name=f"block{i}")(x, train=train)
     return Norm(x.shape[-1], name="norm")(x, moments, epsilon, relu=True)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from cxa_jax.models import fused_ops as ops
+from cxa_jax.models import norm_kernel
 
 BATCH_NORM_MOMENTUM = 0.99
 MIN_CHANNELS = 16  # of a kernel's input: below, as on an image, a product for each of its cells does not pay
@@ -67,13 +68,18 @@ class Norm(nn.Module):
         for running, batch in zip((self.mean, self.var), jax.lax.stop_gradient(moments), strict=True):
             running.value = BATCH_NORM_MOMENTUM * running.value + (1 - BATCH_NORM_MOMENTUM) * batch
 
-    def __call__(self, x: jax.Array, moments: ops.Moments | None, epsilon: float, *, relu: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, moments: ops.Moments | None, epsilon: float, *, relu: bool, kernels: bool = False
+    ) -> jax.Array:
         """Normalise x [B, H, W, C] by its moments and note them, or by the running ones if there are none; then ReLU.
 
-        The moments are an argument because who made x may know them already (fused_dense_block.py).
+        The moments are an argument because who made x may know them already (fused_dense_block.py). `kernels` undoes
+        norm and ReLU by norm_kernel.py, on a GPU.
         """
         if moments is None:
             return ops.apply_affine(x, ops.fold_batch_norm(self.running(), self.affine(), epsilon), relu=relu)
         self.update(moments)
         normalize = ops.normalize_relu if relu else ops.normalize
+        if relu and kernels:
+            normalize = norm_kernel.normalize_relu
         return normalize(x, moments, self.affine(), epsilon)

@@ -17,6 +17,7 @@ from jax import lax
 
 Pair = tuple[int, int]
 PIXELS = (0, 1, 2)  # the axes B, H, W of [B, H, W, C]
+NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 class Moments(NamedTuple):
@@ -227,7 +228,7 @@ conv_windows.defvjp(lambda *args: (conv_windows(*args), args[:2]), _conv_windows
 
 
 def _convolve(x, kernel, strides, padding):
-    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC)
 
 
 def _strided(x, start, size, strides):

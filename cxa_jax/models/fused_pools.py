@@ -5,12 +5,16 @@ The max pool keeps one byte an output for the backward pass. First-order gradien
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from cxa_jax.models import pool_kernel
+
 WINDOW = [(i, j) for i in range(3) for j in range(3)]  # the cells of a 3x3 window, row by row
+NO_CELL = 9  # where there is no window; one more stands for where no cell reaches
 
 
-def max_pool_3x3(x: jax.Array, padding: int = 1) -> jax.Array:
+def max_pool_3x3(x: jax.Array, padding: int = 1, kernels: bool = False) -> jax.Array:
     """Pool [B, H, W, C] by 3x3 maxima at stride 2: -> [B, h, w, C], h = (H + 2 padding - 3) // 2 + 1.
 
     The gradient of a window goes to its first maximum in row order, as XLA's select-and-scatter has it.
@@ -18,10 +22,18 @@ def max_pool_3x3(x: jax.Array, padding: int = 1) -> jax.Array:
     Args:
       x: [B, H, W, C].
       padding: lines of -inf on each side.
+      kernels: on a GPU, the gradient by pool_kernel.py, where it takes the shape.
     """
+    if kernels and padding == 1 and pool_kernel.takes(x.shape):
+        return _max_pool_of_blocks(x)
+    return _max_pool(_pad(x, padding))
+
+
+def _pad(x, padding):
+    """Lines of -inf on each side, so many behind that the last window is whole."""
     ends = [2 * ((side + 2 * padding - 3) // 2) + 3 for side in x.shape[1:3]]  # one past what the last window reads
     lines = [(padding, end - padding - side, 0) for side, end in zip(x.shape[1:3], ends, strict=True)]
-    return _max_pool(lax.pad(x, jnp.array(-jnp.inf, x.dtype), [(0, 0, 0), *lines, (0, 0, 0)]))
+    return lax.pad(x, jnp.array(-jnp.inf, x.dtype), [(0, 0, 0), *lines, (0, 0, 0)])
 
 
 @jax.custom_vjp
@@ -41,25 +53,29 @@ def _max_and_cell(x):
 
 
 def _max_pool_backward(cell, g):
-    parts = [[jnp.where(cell == 3 * i + j, g, 0) for j in range(3)] for i in range(3)]
-    return (_interleave([_interleave(row, axis=2) for row in parts], axis=1),)
-
-
-def _interleave(parts, axis):
-    """Lay the gradients of the window's first, middle and last cells along `axis` out on the input's grid.
-
-    Window n covers inputs 2n, 2n + 1, 2n + 2: input 2n hears the first of window n and the last of window n - 1, input
-    2n + 1 the middle of window n.
-    """
-    first, middle, last = parts
-    zero = jnp.zeros_like(lax.slice_in_dim(first, 0, 1, axis=axis))
-    even = jnp.concatenate([first, zero], axis) + jnp.concatenate([zero, last], axis)
-    odd = jnp.concatenate([middle, zero], axis)
-    both = jnp.stack([even, odd], axis + 1).reshape(*even.shape[:axis], 2 * even.shape[axis], *even.shape[axis + 1 :])
-    return lax.slice_in_dim(both, 0, both.shape[axis] - 1, axis=axis)
+    """Input 2i + e of an axis lies in the windows i - a, a = 0 and 1, as their cell e + 2a, if that is one of three."""
+    rows, cols = g.shape[1] + 1, g.shape[2] + 1
+    total = 0
+    for a, b in np.ndindex(2, 2):
+        shift = [(0, 0, 0), (a, 1 - a, 0), (b, 1 - b, 0), (0, 0, 0)]
+        own_cell, own_g = lax.pad(cell, np.uint8(NO_CELL), shift), lax.pad(g, jnp.zeros((), g.dtype), shift)
+        i, j = np.arange(2)[:, None] + 2 * a, np.arange(2) + 2 * b
+        wanted = np.where((i < 3) & (j < 3), 3 * i + j, NO_CELL + 1).astype(np.uint8)
+        hit = own_cell[:, :, None, :, None] == wanted[:, None, :, None]
+        total += jnp.where(hit, own_g[:, :, None, :, None], 0)
+    total = total.reshape(g.shape[0], 2 * rows, 2 * cols, g.shape[3])
+    return (total[:, :-1, :-1],)
 
 
 _max_pool.defvjp(_max_and_cell, _max_pool_backward)
+
+
+@jax.custom_vjp
+def _max_pool_of_blocks(x):
+    return _max_and_cell(_pad(x, 1))[0]
+
+
+_max_pool_of_blocks.defvjp(lambda x: _max_and_cell(_pad(x, 1)), lambda cell, g: (pool_kernel.undo_max_pool(cell, g),))
 
 
 def avg_pool_2x2(x: jax.Array) -> jax.Array:

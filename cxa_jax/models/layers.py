@@ -41,7 +41,7 @@ def check_images(images: jax.Array, min_size: int, name: str) -> None:
 
 def check_implementation(implementation: str) -> None:
     """Raise UserError unless it is 'plain' or 'fused'."""
-    if implementation not in ("plain", "fused"):
+    if implementation not in ("plain", "fused", "kernels"):
         raise UserError(f"model.implementation is {implementation!r}; give 'plain' or 'fused'.")
 
 
@@ -74,12 +74,16 @@ def conv(
     use_bias: bool = False,
     dtype: Any = None,
     implementation: str = "plain",
+    convolve: Callable[..., jax.Array] | None = None,
     name: str | None = None,
 ) -> nn.Conv:
     """Create a convolution with a Glorot uniform kernel [kh, kw, C_in, num_features] and, if asked, a zero bias.
 
-    `dtype` is the compute type; None takes that of inputs and parameters together.
+    `dtype` is the compute type; None takes that of inputs and parameters together. `convolve` stands in for
+    lax.conv_general_dilated, whatever the implementation.
     """
+    if implementation == "fused" and convolve is None:
+        convolve = fused_layers.convolve
     size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
     return nn.Conv(
         num_features,
@@ -89,7 +93,7 @@ def conv(
         use_bias=use_bias,
         dtype=dtype,
         kernel_init=GLOROT,
-        conv_general_dilated=fused_layers.convolve if implementation == "fused" else None,
+        conv_general_dilated=convolve,
         name=name,
     )
 
