@@ -53,10 +53,12 @@ class Timed:
         return getattr(self.step, name)
 
 
-def measure(image_size: int, num_dev_images: int, num_epochs: int) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Return the step's median seconds, and for each epoch's end those of the host alone and of the evaluation."""
+    image_size, num_dev_images, num_epochs = options.image_size, options.num_dev_images, options.num_epochs
     config = dense121.get_config()
     config.data.image_size, config.train.num_epochs = image_size, num_epochs
+    config.train.batch_size, config.model.dtype = options.batch_size, options.dtype
     batch_size, eval_size = config.train.batch_size, config.eval.batch_size
     dataset = make_fake_dataset(image_size, max(num_dev_images, 2 * batch_size))
     run = create_run(config.lock(), dataset)
@@ -81,11 +83,13 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image_size", type=int, default=224, help="px")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--num_dev_images", type=int, default=64)
     parser.add_argument("--num_epochs", type=int, default=5)
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "benchmarks/results")
     options = parser.parse_args()
-    results = measure(options.image_size, options.num_dev_images, options.num_epochs)
+    results = measure(options)
     environment, host = describe_environment(), describe_host()
     options.output.mkdir(parents=True, exist_ok=True)
     write_atomically(
@@ -95,13 +99,14 @@ def main() -> None:
     hosts = ", ".join(f"{seconds:.2f}" for seconds in results["host_s"])
     text = f"""# The end of an epoch
 
-DenseNet-121 + AMM, batch 16, {options.image_size} px, {options.num_dev_images} dev images.
-A step takes {results["step_s"]:.2f} s.
+DenseNet-121 + AMM, batch {options.batch_size}, {options.image_size} px, {options.dtype}, {options.num_dev_images} dev
+images. A step takes {results["step_s"]:.3g} s.
 
 The host alone, s at each epoch's end: {hosts}. The first also compiles the evaluation step. Median of the others
 over {NUM_STEPS} steps: **{results["share"]:.3%}** (target: less than {TARGET:.0%}).
 
-Machine: {host["processor"]}, {host["usable_cores"]} cores, load {host["load_average"][0]:.1f} at the end;
+Machine: {jax.devices()[0].device_kind}, {host["processor"]}, {host["usable_cores"]} cores,
+load {host["load_average"][0]:.1f} at the end;
 commit {environment["commit"]}, {environment["time"]}. Command: `python {environment["command"]}`
 """
     write_atomically(options.output / "epoch_end.md", text)
