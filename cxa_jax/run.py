@@ -29,7 +29,7 @@ from cxa_jax.models.torch_import import load_torch_weights
 from cxa_jax.optimizer import create_optimizer
 from cxa_jax.sharding import check_batch_size, create_mesh, fetchable, put_replicated, replicated
 from cxa_jax.steps import INIT, make_eval_step, make_train_step
-from cxa_jax.train_state import TrainState, create_train_state, init_train_state
+from cxa_jax.train_state import Initialization, TrainState, trace_initialization
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +64,7 @@ class Run:
 
     def create_state(self) -> TrainState:
         """Draw fresh parameters (Glorot uniform), import the backbone's if asked; replicated over the mesh."""
-        key = jax.random.fold_in(self.root_key, INIT)
-        state = create_train_state(key, self.model, self.tx, self.config.data.image_size)
+        state = self.initialization.run(jax.random.fold_in(self.root_key, INIT))
         imported = self._load_backbone()
         if imported is not None:
             state = state.replace(
@@ -94,14 +93,15 @@ class Run:
         return None
 
     @functools.cached_property
+    def initialization(self) -> Initialization:
+        """The initialisation, traced once: for shapes and for numbers."""
+        return trace_initialization(self.root_key, self.model, self.tx, self.config.data.image_size)
+
+    @functools.cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the state, without arrays: the mould for restoring."""
-        key = jax.random.fold_in(self.root_key, INIT)
-        init = functools.partial(init_train_state, model=self.model, tx=self.tx, image_size=self.config.data.image_size)
-        sharding = replicated(self.mesh)
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), jax.eval_shape(init, key)
-        )
+        sharding, shapes = replicated(self.mesh), self.initialization.shapes
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
 
 def create_run(config: ConfigDict, dataset: Dataset | None = None) -> Run:

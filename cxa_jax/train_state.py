@@ -1,14 +1,17 @@
 """Everything a step changes, as one pytree."""
 
 import functools
+from typing import NamedTuple
 
 import flax
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import optax
 
 from cxa_jax.array_types import PyTree
 from cxa_jax.models.cxa import CardioXAttentionNet
+from cxa_jax.models.initialization import draws_threefry, run_on_host
 
 
 @flax.struct.dataclass
@@ -40,19 +43,40 @@ def init_train_state(
     return TrainState(jnp.zeros((), jnp.int32), jnp.ones((), bool), params, batch_stats, tx.init(params))
 
 
+class Initialization(NamedTuple):
+    """A traced `init_train_state`: the state's shapes and types, and the state of any key.
+
+    Attributes:
+      function: of one key, its outputs the leaves of the state.
+      shapes: the state, with jax.ShapeDtypeStruct for arrays.
+    """
+
+    function: jax.extend.core.ClosedJaxpr
+    shapes: TrainState
+
+    def run(self, key: jax.Array) -> TrainState:
+        """Initialise the state; the same key gives the same numbers on every platform, and as compiled."""
+        if not draws_threefry(key):  # jax_default_prng_impl, or jax_threefry_partitionable, is not jax' own default
+            leaves = jax.jit(jax.extend.core.jaxpr_as_fun(self.function))(key)
+        else:
+            with jax.default_device(_find_processor()):
+                leaves = run_on_host(self.function, key)
+        return jax.device_put(jax.tree.unflatten(jax.tree.structure(self.shapes), leaves))
+
+
+def trace_initialization(
+    key: jax.Array, model: CardioXAttentionNet, tx: optax.GradientTransformation, image_size: int
+) -> Initialization:
+    """Trace `init_train_state`; nothing is compiled or drawn. Of the key only the type matters."""
+    init = functools.partial(init_train_state, model=model, tx=tx, image_size=image_size)
+    return Initialization(*jax.make_jaxpr(init, return_shape=True)(key))
+
+
 def create_train_state(
     key: jax.Array, model: CardioXAttentionNet, tx: optax.GradientTransformation, image_size: int
 ) -> TrainState:
-    """Run `init_train_state` compiled, on the processor; without jit Flax' init runs the network op by op.
-
-    The same key gives the same numbers whatever accelerator there is, and a GPU's compiler takes many times as long for
-    the hundreds of small programs that draw them.
-    """
-    init = functools.partial(init_train_state, model=model, tx=tx, image_size=image_size)
-    # It runs once, so what counts is to compile it quickly: the numbers are the same ones.
-    jitted = jax.jit(init, compiler_options={"xla_backend_optimization_level": 0})
-    with jax.default_device(_find_processor()):
-        return jitted(jax.random.wrap_key_data(jax.device_get(jax.random.key_data(key)), impl=jax.random.key_impl(key)))
+    """Initialise the state from one key, without compiling a program for it (initialization.py)."""
+    return trace_initialization(key, model, tx, image_size).run(key)
 
 
 def _find_processor() -> jax.Device | None:

@@ -11,7 +11,7 @@ import os
 import pathlib
 import signal
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from cxa_jax.data import pipeline
 from cxa_jax.data.datasets import Split
 from cxa_jax.distributed import joined
 from cxa_jax.models.cxa import CardioXAttentionNet
-from cxa_jax.train_state import create_train_state, init_train_state
+from cxa_jax.train_state import trace_initialization
 
 PLACES = {
     "start": (train, "append_environment"),
@@ -45,11 +45,15 @@ def compute_in_double() -> None:
     def to_double(leaf):
         return leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf
 
-    def doubled(create):
-        return lambda *args, **kwargs: jax.tree.map(to_double, create(*args, **kwargs))
+    def double(state):
+        return jax.tree.map(to_double, state)
 
-    run_module.create_model = create_model
-    run_module.create_train_state, run_module.init_train_state = map(doubled, (create_train_state, init_train_state))
+    def trace_in_double(*args):
+        traced = trace_initialization(*args)
+        shapes = jax.eval_shape(double, traced.shapes)
+        return SimpleNamespace(shapes=shapes, run=lambda key: double(traced.run(key)))
+
+    run_module.create_model, run_module.trace_initialization = create_model, trace_in_double
 
 
 def signal_itself(module: ModuleType, name: str, number: int) -> None:

@@ -12,8 +12,9 @@ from cxa_jax.errors import UserError
 from cxa_jax.findings import CARDIOMEGALY, FINDINGS
 from cxa_jax.models.amm import EPSILON, AttentionMappingMechanism
 from cxa_jax.models.backbones import BACKBONES, select_implementation
+from cxa_jax.models.initialization import glorot_uniform
 from cxa_jax.models.kernel_tiles import is_available
-from cxa_jax.models.layers import BATCH_NORM_MOMENTUM, GLOROT
+from cxa_jax.models.layers import BATCH_NORM_MOMENTUM
 from cxa_jax.pooling import FEATURES_ONLY, POOLINGS, gated_attention_logits
 
 HEAD_WIDTH = 128
@@ -35,9 +36,9 @@ class Head(nn.Module):
 
     def setup(self) -> None:
         if self.kind == "mlp":
-            self.dense1 = nn.Dense(HEAD_WIDTH, kernel_init=GLOROT)
+            self.dense1 = nn.Dense(HEAD_WIDTH, kernel_init=glorot_uniform)
         self.drop = nn.Dropout(self.dropout)
-        self.logit = nn.Dense(self.num_labels, kernel_init=GLOROT)
+        self.logit = nn.Dense(self.num_labels, kernel_init=glorot_uniform)
 
     def __call__(self, pooled: Pooled, *, train: bool) -> Logits:
         x = pooled
@@ -59,8 +60,11 @@ class GatedAttention(nn.Module):
     @nn.compact
     def __call__(self, features: Features) -> AttentionLogits:
         size = (features.shape[-1], HEAD_WIDTH)
-        tanh_kernel, gate_kernel = self.param("tanh_kernel", GLOROT, size), self.param("gate_kernel", GLOROT, size)
-        kernel = self.param("kernel", GLOROT, (HEAD_WIDTH, 1))
+        tanh_kernel, gate_kernel = (
+            self.param("tanh_kernel", glorot_uniform, size),
+            self.param("gate_kernel", glorot_uniform, size),
+        )
+        kernel = self.param("kernel", glorot_uniform, (HEAD_WIDTH, 1))
         return gated_attention_logits(features, tanh_kernel, gate_kernel, kernel)
 
 

@@ -16,7 +16,8 @@ from cxa_jax.models.fused_dense_block import (
 from cxa_jax.models.fused_layers import Norm
 from cxa_jax.models.fused_pools import avg_pool_2x2, max_pool_3x3
 from cxa_jax.models.fused_stem import convolve_blocks
-from cxa_jax.models.layers import GLOROT, conv
+from cxa_jax.models.initialization import glorot_uniform
+from cxa_jax.models.layers import conv
 
 
 class Kernel(nn.Module):
@@ -25,7 +26,7 @@ class Kernel(nn.Module):
     shape: tuple[int, ...]
 
     def setup(self):
-        self.kernel = self.param("kernel", GLOROT, self.shape, jnp.float32)
+        self.kernel = self.param("kernel", glorot_uniform, self.shape, jnp.float32)
 
 
 class LayerVariables(nn.Module):

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from cxa_jax.errors import UserError
 from cxa_jax.models import fused_layers, fused_ops, fused_pools
 from cxa_jax.models.fused_layers import BATCH_NORM_MOMENTUM
+from cxa_jax.models.initialization import glorot_uniform
 
 Apply = Callable[[nn.Module, jax.Array], jax.Array]
-
-GLOROT = nn.initializers.glorot_uniform()  # R11; Flax' own default is LeCun normal
 
 
 def check_images(images: jax.Array, min_size: int, name: str) -> None:
@@ -92,7 +91,7 @@ def conv(
         padding,
         use_bias=use_bias,
         dtype=dtype,
-        kernel_init=GLOROT,
+        kernel_init=glorot_uniform,
         conv_general_dilated=convolve,
         name=name,
     )

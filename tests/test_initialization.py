@@ -1,0 +1,70 @@
+"""Initialising on the host gives the numbers of the compiled initialisation, bit for bit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from cxa_jax.models.cxa import CardioXAttentionNet
+from cxa_jax.models.initialization import CHUNK, draw_glorot_uniform, find_needed, glorot_uniform, run_on_host
+from cxa_jax.optimizer import create_optimizer
+from cxa_jax.train_state import create_train_state, init_train_state, trace_initialization
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 5), (1, 1), (1, 1, 64, 128), (3, 3, 128, 32), (7, 7, 3, 64), (2, CHUNK), (513, 257)]
+)
+def test_draws_are_those_of_flax(shape):
+    key = jax.random.fold_in(jax.random.key(np.random.default_rng().integers(2**31)), 3)
+    expected = jax.nn.initializers.glorot_uniform()(key, shape)
+    np.testing.assert_array_equal(draw_glorot_uniform(key, shape), expected)
+    np.testing.assert_array_equal(glorot_uniform(key, shape), expected)
+
+
+def create(pooling="amm", **options):
+    return CardioXAttentionNet(tiny.BACKBONES["tiny"](), pooling, **options)
+
+
+@pytest.mark.parametrize("model", [create(), create("gated"), create(num_labels=14), create("gap", head="linear")])
+@pytest.mark.parametrize("seed", [0, 7])
+def test_state_is_that_of_the_compiled_initialization(model, seed):
+    key, tx = jax.random.key(seed), create_optimizer(0.1, 0.9)
+    expected = jax.jit(lambda key: init_train_state(key, model, tx, tiny.SIZE))(key)
+    state = create_train_state(key, model, tx, tiny.SIZE)
+    assert jax.tree.structure(state) == jax.tree.structure(expected)
+    for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        assert got.dtype == want.dtype
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("option", ["rbg", "not partitionable"])
+def test_other_generators_are_left_to_jax(option):
+    """Where jax draws in another way, its own program does."""
+    model, tx = create(), create_optimizer(0.1, 0.9)
+    key = jax.random.key(1, impl="rbg" if option == "rbg" else None)
+    with jax.threefry_partitionable(option == "rbg"):
+        expected = jax.jit(lambda key: init_train_state(key, model, tx, tiny.SIZE))(key)
+        state = create_train_state(key, model, tx, tiny.SIZE)
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+def test_shapes_are_those_of_the_state():
+    key, model, tx = jax.random.key(0), create(), create_optimizer(0.1, 0.9)
+    traced = trace_initialization(key, model, tx, tiny.SIZE)
+    described = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), traced.run(key))
+    assert described == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), traced.shapes)
+
+
+def test_only_what_is_needed_is_evaluated():
+    def function(x):
+        unused = jnp.sin(x) @ jnp.ones((2, 2))
+        return jnp.cos(x), jnp.zeros((2, 3)), x, 4.0 * unused.shape[0]
+
+    traced = jax.make_jaxpr(function)(jnp.ones(2))
+    names = [equation.primitive.name for equation in find_needed(traced.jaxpr)]
+    assert sorted(names) == ["broadcast_in_dim", "cos"]
+    cos, zeros, x, four = run_on_host(traced, jnp.array([0.5, 1.0]))
+    np.testing.assert_allclose(cos, np.cos([0.5, 1.0]), rtol=1e-6)
+    assert type(zeros) is np.ndarray and zeros.shape == (2, 3) and zeros.dtype == np.float32
+    assert x.tolist() == [0.5, 1.0] and float(four) == 8
