@@ -69,17 +69,16 @@ def analyze_memory(compiled: Compiled) -> dict[str, int]:
     return parts | {"all": parts["arguments"] + parts["outputs"] - parts["aliased"] + parts["temp"]}
 
 
-def analyze_cost(lowered: Lowered, compiled: Compiled, num_devices: int) -> dict[str, float]:
-    """Return 'flops' and 'bytes_accessed' of one call, over all devices.
+def analyze_cost(lowered: Lowered, compiled: Compiled, num_devices: int) -> dict[str, float | None]:
+    """Return 'flops' and 'bytes_accessed' of one call, over all devices; None for what the backend does not tell.
 
     Arithmetic is counted before XLA's passes, because a GPU's convolutions are calls into a library that it does not
     count afterwards; what a backward pass recomputes is in it. Traffic is counted after fusion, every operand and
     result of every kernel once, so caches make the real one less.
     """
-    return {
-        "flops": float(lowered.cost_analysis()["flops"]),
-        "bytes_accessed": float(compiled.cost_analysis()["bytes accessed"]) * num_devices,
-    }
+    flops = (lowered.cost_analysis() or {}).get("flops")
+    num_bytes = (compiled.cost_analysis() or {}).get("bytes accessed")
+    return {"flops": flops, "bytes_accessed": num_bytes and num_bytes * num_devices}
 
 
 def _parse_arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.stages import Compiled, Lowered
+from jax.stages import Compiled, Lowered, Traced
 
 from cxa_jax.data.pipeline import read_example
 from cxa_jax.run import Run
@@ -26,14 +26,19 @@ class StepProgram(NamedTuple):
 
 
 def lower_train_step(run: Run, batch_size: int) -> Lowered:
-    """Trace training's own step for a batch size; nothing is put on a device."""
+    """Trace and lower training's own step for a batch size; nothing is put on a device."""
+    return trace_train_step(run, batch_size).lower()
+
+
+def trace_train_step(run: Run, batch_size: int) -> Traced:
+    """Trace training's own step for a batch size."""
     sharding = split(run.mesh)
     batch = {
         name: jax.ShapeDtypeStruct((batch_size, *values.shape[1:]), values.dtype, sharding=sharding)
         for name, values in run.select_inputs(read_example(run.dataset.splits["train"])).items()
     }
     rate_scale = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(run.mesh))
-    return run.train_step.lower(run.abstract_state, batch, rate_scale, run.root_key)
+    return run.train_step.trace(run.abstract_state, batch, rate_scale, run.root_key)
 
 
 @contextlib.contextmanager

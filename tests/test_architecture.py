@@ -11,7 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from its own floor and below.
 FLOORS = [
     {"errors", "array_types", "interruption", "file_lock", "digests", "device_memory"},
-    {"atomic_files", "console", "masked_cells", "findings", "hlo", "usage", "distributed"},
+    {"atomic_files", "console", "masked_cells", "findings", "hlo", "flops", "usage", "distributed"},
     {"pooling", "losses", "metrics", "heat_maps", "boxes", "predictions", "optimizer", "workdir"},
     {"weighted_statistics"},
     {"intervals"},

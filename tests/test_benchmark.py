@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
+from cxa_jax import benchmark as benchmark_module
 from cxa_jax import measurements
 from cxa_jax.benchmark import benchmark, format_table
 from cxa_jax.data.fake_xrays import make_fake_dataset, prepare_fake_split
@@ -46,6 +47,15 @@ def test_times_and_rates_agree(report):
     assert 0 < arithmetic["share_of_matmul_peak"] < 1
     assert 0 <= results["pipeline_and_step"]["device_wait_share"] < 1
     assert results["pipeline"]["images_per_cpu_s"] > 0
+
+
+def test_a_backend_that_does_not_count_is_helped(tmp_path, monkeypatch):
+    """As on a GPU: the plain graph's products are counted instead, and what nobody counts is said to be unknown."""
+    monkeypatch.setattr(benchmark_module, "analyze_cost", lambda *_: {"flops": None, "bytes_accessed": None})
+    results = benchmark(make_config(), str(tmp_path))["results"]
+    assert results["arithmetic"]["counted"] == "products and convolutions of the plain graph"
+    assert results["arithmetic"]["flops"] > 0 and 0 < results["arithmetic"]["share_of_matmul_peak"] < 1
+    assert "memory traffic              the backend does not tell" in format_table(results)
 
 
 def test_conditions_are_recorded(report):
