@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator
 
 HERE = pathlib.Path(__file__).parent
-MARK = "@peer "  # as in peers/protocol.py
+MARK, RUN_STEPS = "@peer ", 10  # as in peers/protocol.py
 # name: (title, file in peers/, its own flags, whose environment)
 PROGRAMS = {
     "cxa": ("CXA-JAX", "cxa.py", [], "ours"),
@@ -196,6 +196,11 @@ def describe(peers: list[Peer], skipped: dict[str, str], calls: list[str], argum
     }
 
 
+def count_images(call: str, batch_size: int) -> int:
+    """Return the images that one call works on."""
+    return {"predict_one": 1, "train_run": RUN_STEPS * batch_size}.get(call, batch_size)
+
+
 def find_commit() -> str:
     """Return the commit of this file, marked if files differ from it; 'unknown' outside a repository."""
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty=+changes", "--abbrev=40", "--match=no tag"]
@@ -243,7 +248,7 @@ def format_markdown(outcome: dict) -> str:
     ]
     titles = {name: PROGRAMS[name][0] for name in outcome["programs"]}
     for call in outcome["settings"]["calls"].split(","):
-        size = 1 if call == "predict_one" else settings["batch_size"]
+        size = count_images(call, settings["batch_size"])
         lines += ["", f"## {CALLS[call]}", "", "| program | s | images/s | CPU s | ratio |", "|---|--:|--:|--:|--:|"]
         for name, program in outcome["programs"].items():
             values = program["calls"][call]

@@ -21,7 +21,7 @@ import sys
 from typing import Any
 
 import compare
-from peers.protocol import RUN_STEPS
+from compare import RUN_STEPS
 
 CALL = "train_run"
 

@@ -11,7 +11,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from compare import CALLS, PROGRAMS  # noqa: E402
+from compare import CALLS, PROGRAMS, count_images  # noqa: E402
 
 OURS, THEIRS = "#0072b2", "#999999"  # told apart by the colour-blind, and in grey
 
@@ -37,7 +37,7 @@ def main() -> None:
 def draw(axes: plt.Axes, outcome: dict, call: str) -> None:
     """Draw a bar for each program, the first one on top: images/s by the median, whiskers the spread of the rounds."""
     names = list(outcome["programs"])[::-1]
-    size = outcome["settings"]["batch_size"]
+    size = count_images(call, outcome["settings"]["batch_size"])
     for place, name in enumerate(names):
         values = outcome["programs"][name]["calls"][call]
         seconds = sorted(value for of_round in values["seconds"] for value in of_round)

@@ -83,7 +83,7 @@ class Checkpoints:
           UserError: this or the save before it cannot be written.
         """
         step = int(state.step)
-        # On the host: of arrays that several devices hold orbax cuts out a share of each, one by one, which takes a second.
+        # On the host: of arrays that several devices hold orbax cuts out a share of each, one by one, for a second.
         arrays = jax.device_get({name: getattr(state, name) for name in ARRAYS})
         digests = {name: digest_arrays(tree) for name, tree in arrays.items()} | {"meta": digest_json([step, meta])}
         with held_back(), self._naming_failure():

@@ -18,7 +18,8 @@ def work():
         log.write(f"{{arguments.pace}} ")
     time.sleep(0.02 * int(arguments.pace))
 print("noise of a library")
-serve(arguments.first, {{"train": work, "predict": work, "predict_one": work}}, {{"pace": arguments.pace}})
+serve(arguments.first, {{"train": work, "train_run": work, "predict": work, "predict_one": work}},
+      {{"pace": arguments.pace, "device": "bed"}})
 """
 
 
@@ -89,3 +90,35 @@ def test_every_program_has_its_file():
         for flag in flags:
             name, value = flag.removeprefix("--").split("=")
             assert f"{name}=(" in text and f'"{value}"' in text
+
+
+def test_phases_of_a_gpu_comparison(compare, tmp_path, monkeypatch, capsys):
+    """Programs of a phase start together; settings are timed one by one, and one that does not start is named."""
+    spec = importlib.util.spec_from_file_location("gpu", FOLDER / "gpu.py")
+    gpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu)
+    phases = ["densenet121/4,8/bfloat16/fast,slow", "resnet50/4/float32/fast,broken"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--name=x", f"--results={tmp_path / 'results'}", *phases])
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "")
+    gpu.main()
+    cells = json.loads((tmp_path / "results" / "x.json").read_text())["cells"]
+    settings = [(cell["backbone"], cell["batch_size"], cell["dtype"]) for cell in cells]
+    assert settings == [("densenet121", 4, "bfloat16"), ("densenet121", 8, "bfloat16"), ("resnet50", 4, "float32")]
+    for cell in cells[:2]:
+        fast, slow = cell["programs"]["fast"], cell["programs"]["slow"]
+        assert fast["ratio"] == 1 and 2 < slow["ratio"] < 3.5
+        assert fast["images_per_s"] == pytest.approx(cell["batch_size"] / fast["step_s"])
+        assert 0.002 < fast["step_s"] < 0.004  # a call is ten steps
+    assert list(cells[2]["programs"]) == ["fast"] and "no_such_package" in cells[2]["skipped"]["broken"]
+    page = (tmp_path / "results" / "x.md").read_text()
+    assert page.count("| densenet121 |") == 4 and "no_such_package" in page
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--name=x", "densenet121/4/bfloat16/nobody"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "programs are fast, slow, broken" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_program_that_does_not_get_ready_is_given_up(compare, tmp_path, monkeypatch):
+    (tmp_path / "peers" / "broken.py").write_text("import time; time.sleep(60)")
+    outcome, _ = run(compare, monkeypatch, tmp_path, "--programs=fast,broken", "--patience=3", "--rounds=1")
+    assert list(outcome["programs"]) == ["fast"] and "status -9" in outcome["skipped"]["broken"]
