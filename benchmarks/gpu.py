@@ -41,9 +41,8 @@ def main() -> None:
     phases = [[part.split(",") for part in phase.split("/")] for phase in arguments.phases]
     for phase, text in zip(phases, arguments.phases, strict=True):
         if len(phase) != 4 or set(phase[3]) - set(compare.PROGRAMS):
-            parser.error(
-                f"{text}: give BACKBONES/BATCH_SIZES/TYPES/PROGRAMS, programs of {', '.join(compare.PROGRAMS)}"
-            )
+            known = ", ".join(compare.PROGRAMS)
+            parser.error(f"{text}: give BACKBONES/BATCH_SIZES/TYPES/PROGRAMS; programs are {known}")
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the programs share the GPU's memory
     cells = []
     for backbones, batch_sizes, dtypes, programs in phases:
