@@ -133,12 +133,15 @@ def start(name: str, arguments: argparse.Namespace) -> Iterator[Peer | str]:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | caches
         )
-        impatience = threading.Timer(arguments.patience, process.kill)
+        out_of_patience = threading.Event()
+        impatience = threading.Timer(arguments.patience, lambda: (out_of_patience.set(), process.kill()))
         impatience.start()
         try:
             ready = read_answer(process)
             impatience.cancel()
-            if ready is None:
+            if out_of_patience.is_set():
+                yield f"not ready after {arguments.patience:g} s; give it more by --patience"
+            elif ready is None:
                 errors.seek(0)
                 lines = errors.read().strip().splitlines() or ["it said nothing"]
                 named = [line for line in lines if "Error" in line]

@@ -112,10 +112,10 @@ def _start(run: Run) -> tuple[dict[str, Any], Compiled, TrainState]:
 def _analyze_cost(run: Run, lowered: Lowered, compiled: Compiled) -> dict[str, Any]:
     """Return arithmetic and traffic; where XLA does not count a GPU's arithmetic, the plain graph's products."""
     cost = analyze_cost(lowered, compiled, run.mesh.size) | {"counted": "by XLA"}
-    if cost["flops"] is None:
+    if cost["flops"] is None or run.model.backbone.implementation == "kernels":
         config = run.config.copy_and_resolve_references()
         with config.unlocked():
-            config.model.implementation = "plain"  # kernels are as closed as libraries
+            config.model.implementation = "plain"  # kernels are as closed as libraries, and count as nothing
         plain = create_run(config.lock(), run.dataset)
         jaxpr = trace_train_step(plain, run.config.train.batch_size).jaxpr.jaxpr
         cost |= {"flops": count_flops(jaxpr), "counted": "products and convolutions of the plain graph"}

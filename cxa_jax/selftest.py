@@ -14,30 +14,37 @@ import jax.numpy as jnp
 import numpy as np
 
 from cxa_jax.array_types import PyTree
+from cxa_jax.data.augment import normalize_images, to_rgb
 from cxa_jax.data.phantom import PhantomSpec
 from cxa_jax.data.phantom_render import draw
 from cxa_jax.errors import UserError
+from cxa_jax.losses import weighted_binary_cross_entropy
 from cxa_jax.models.cxa import CardioXAttentionNet
 from cxa_jax.models.densenet import DenseNet
+from cxa_jax.models.kernel_tiles import is_available
 from cxa_jax.steps import make_eval_step
 
 log = logging.getLogger(__name__)
 
 VALUES = pathlib.Path(__file__).with_name("selftest_values.npz")
-NUM_IMAGES, SIZE = 6, 96
+NUM_IMAGES, SIZE, TRAIN_BATCH = 6, 96, 16
 OUTPUTS = ("logit", "score", "attention", "evidence")
 IMPLEMENTATIONS = ("plain", "fused")
 # Absolute. CPUs differ in the order of sums; accelerators may round the factors of products to 10 bits (TF32).
 TOLERANCES = {"cpu": 1e-4}
 ACCELERATOR_TOLERANCE = 5e-3
+GRADIENT_TOLERANCE = 5e-3  # relative, everywhere: a ReLU that rounding opens here and closes there is .1 % of them
 MAX_LEVELS = 1  # grey levels by which a phantom drawn here may differ from the stored one
 
 
 def selftest() -> dict[str, float]:
-    """Compare phantoms, scores, attention and evidence of both graphs with the stored values; log each.
+    """Compare phantoms, scores, attention and evidence of both graphs with the stored values, and log each.
+
+    Then what training would use here, gradients and batch statistics of the fast graph, with those of the plain one:
+    the only check of the GPU kernels that runs on a GPU.
 
     Returns:
-      The greatest absolute difference of each comparison, by its name.
+      The greatest absolute difference of each comparison, and the relative one of gradients, by its name.
 
     Raises:
       UserError: one is beyond its tolerance: numbers from this installation are not to be trusted.
@@ -54,6 +61,12 @@ def selftest() -> dict[str, float]:
         for name in OUTPUTS:
             differences[f"{name}, {implementation} graph"] = _differ(outputs[name], values[name])
             allowed[f"{name}, {implementation} graph"] = tolerance
+    expected = compute_gradients(values["images"], "plain")
+    fast = "kernels" if is_available() else "fused"
+    for name, found in compute_gradients(values["images"], fast).items():
+        named = f"{name}, {fast} graph, relative"
+        differences[named] = float(np.linalg.norm(found - expected[name]) / np.linalg.norm(expected[name]))
+        allowed[named] = GRADIENT_TOLERANCE
     failed = [name for name, difference in differences.items() if not difference <= allowed[name]]  # a nan fails
     for name, difference in differences.items():
         log.info("  %-26s differs by %.2g  %s", name, difference, "TOO MUCH" if name in failed else "ok")
@@ -79,6 +92,30 @@ def compute_outputs(images: np.ndarray, implementation: str) -> dict[str, np.nda
     step = jax.jit(make_eval_step(model, "min_max"))
     out = {name: np.asarray(value) for name, value in step(draw_weights(abstract), images[..., None]).items()}
     return out | {"score": 1 / (1 + np.exp(-out["logit"]))}
+
+
+def compute_gradients(images: np.ndarray, implementation: str) -> dict[str, np.ndarray]:
+    """Return the fixed network's gradients of a training loss, and its new batch statistics, each as one vector.
+
+    In float32 throughout, on images uint8 [N, S, S] and their mirror images, as many as fill the kernels' tiles.
+    """
+    images = np.resize(np.concatenate([images, images[..., ::-1]]), (TRAIN_BATCH, *images.shape[1:]))[..., None]
+    model = CardioXAttentionNet(DenseNet(num_layers=(2, 2, 2, 2), implementation=implementation), dropout=0.0)
+    abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)), train=False))
+    variables, labels = draw_weights(abstract), np.arange(TRAIN_BATCH) % 2
+
+    def loss(params: PyTree, images: jax.Array) -> tuple[jax.Array, PyTree]:
+        inputs = to_rgb(normalize_images(images, "min_max"), "min_max")
+        (logits, _), updated = model.apply(variables | {"params": params}, inputs, train=True, mutable=["batch_stats"])
+        return weighted_binary_cross_entropy(logits, labels, (1.0, 1.0)).mean(), updated
+
+    with jax.default_matmul_precision("highest"):
+        gradients, updated = jax.jit(jax.grad(loss, has_aux=True))(variables["params"], images)
+    parts = {"gradients": gradients, "batch statistics": updated}
+    return {
+        name: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]).astype(np.float64)
+        for name, tree in parts.items()
+    }
 
 
 def draw_weights(abstract: PyTree) -> PyTree:

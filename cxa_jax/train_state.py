@@ -11,7 +11,7 @@ import optax
 
 from cxa_jax.array_types import PyTree
 from cxa_jax.models.cxa import CardioXAttentionNet
-from cxa_jax.models.initialization import draws_threefry, run_on_host
+from cxa_jax.models.initialization import run_on_host, runs_on_host
 
 
 @flax.struct.dataclass
@@ -56,7 +56,7 @@ class Initialization(NamedTuple):
 
     def run(self, key: jax.Array) -> TrainState:
         """Initialise the state; the same key gives the same numbers on every platform, and as compiled."""
-        if not draws_threefry(key):  # jax_default_prng_impl, or jax_threefry_partitionable, is not jax' own default
+        if not runs_on_host(self.function, key):
             leaves = jax.jit(jax.extend.core.jaxpr_as_fun(self.function))(key)
         else:
             with jax.default_device(_find_processor()):
@@ -68,6 +68,10 @@ def trace_initialization(
     key: jax.Array, model: CardioXAttentionNet, tx: optax.GradientTransformation, image_size: int
 ) -> Initialization:
     """Trace `init_train_state`; nothing is compiled or drawn. Of the key only the type matters."""
+    if getattr(
+        model.backbone, "remat", False
+    ):  # variables come out of remat's custom gradient; these are the same ones
+        model = model.clone(backbone=model.backbone.clone(remat=False))
     init = functools.partial(init_train_state, model=model, tx=tx, image_size=image_size)
     return Initialization(*jax.make_jaxpr(init, return_shape=True)(key))
 

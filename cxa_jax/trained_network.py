@@ -76,7 +76,7 @@ def load_trained_network(workdir: str, implementation: str = "") -> TrainedNetwo
 
     Args:
       workdir: of a finished or running training.
-      implementation: graph of the backbone ('plain', 'fused'); '' takes the config's. The function is the same.
+      implementation: graph of the backbone, 'plain' or 'fused', the same function; '' takes what fits this machine.
 
     Raises:
       UserError: no such run, no best state, or one of a network that this version does not know.
@@ -86,8 +86,7 @@ def load_trained_network(workdir: str, implementation: str = "") -> TrainedNetwo
         raise UserError(f"--workdir={folder} holds no trained run (config.json and checkpoints/best); train one first")
     refuse_outward_links(folder)
     config = read_run_config(folder)
-    if implementation:
-        config.model.implementation = implementation
+    config.model.implementation = implementation or "auto"
     mesh, normalization = create_mesh(), choose_normalization(config)
     model = create_model(config.model).clone(value_range=find_value_range(normalization))
     variables, meta = _restore(folder, model, mesh, config.data.image_size)

@@ -31,6 +31,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tens
 # Fields that do not shape a result: where data lie, how many readers, how long to go on, how to evaluate.
 FREE_FIELDS = (
     "name",
+    "model.implementation",  # the same function of the same variables
     "data.data_dir",
     "data.manual_dir",
     "data.name",

@@ -1,5 +1,6 @@
 """Initialising on the host gives the numbers of the compiled initialisation, bit for bit."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,17 @@ import pytest
 import tiny
 
 from cxa_jax.models.cxa import CardioXAttentionNet
-from cxa_jax.models.initialization import CHUNK, draw_glorot_uniform, find_needed, glorot_uniform, run_on_host
+from cxa_jax.models.densenet import DenseNet
+from cxa_jax.models.inception_resnet_v2 import InceptionResNetV2
+from cxa_jax.models.initialization import (
+    CHUNK,
+    draw_glorot_uniform,
+    find_needed,
+    glorot_uniform,
+    run_on_host,
+    runs_on_host,
+)
+from cxa_jax.models.resnet import ResNet
 from cxa_jax.optimizer import create_optimizer
 from cxa_jax.train_state import create_train_state, init_train_state, trace_initialization
 
@@ -36,6 +47,39 @@ def test_state_is_that_of_the_compiled_initialization(model, seed):
     for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         assert got.dtype == want.dtype
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        DenseNet((1, 1), remat=True),
+        DenseNet((1, 1), implementation="fused", remat=True),
+        ResNet((1, 1), implementation="fused", remat=True),
+        InceptionResNetV2((1, 1, 1), remat=True),
+    ],
+)
+def test_recomputing_graphs_start_from_the_same_state(backbone):
+    key, tx, model = jax.random.key(3), create_optimizer(0.1, 0.9), CardioXAttentionNet(backbone)
+    traced = trace_initialization(key, model, tx, 96)
+    assert runs_on_host(traced.function, key)
+    plain = CardioXAttentionNet(backbone.clone(remat=False, implementation="plain"))
+    expected = jax.jit(lambda key: init_train_state(key, plain, tx, 96))(key)
+    jax.tree.map(np.testing.assert_array_equal, traced.run(key), expected)
+
+
+def test_a_module_that_draws_otherwise_is_compiled():
+    class Normal(nn.Module):
+        num_features = 8
+
+        @nn.compact
+        def __call__(self, images, *, train):
+            return nn.Conv(8, (3, 3), (4, 4), kernel_init=nn.initializers.lecun_normal())(images)
+
+    key, tx, model = jax.random.key(3), create_optimizer(0.1, 0.9), CardioXAttentionNet(Normal())
+    traced = trace_initialization(key, model, tx, 32)
+    assert not runs_on_host(traced.function, key)
+    expected = jax.jit(lambda key: init_train_state(key, model, tx, 32))(key)
+    jax.tree.map(np.testing.assert_array_equal, traced.run(key), expected)
 
 
 @pytest.mark.parametrize("option", ["rbg", "not partitionable"])

@@ -36,7 +36,8 @@ def select_implementation(implementation: str, backbone: str, dtype: str, platfo
     if implementation == "kernels" and not fits:
         raise UserError(
             "config.model.implementation='kernels' is for the DenseNets on a single NVIDIA GPU of compute capability 8 "
-            f"or higher; here it is {backbone} on {platform}. Leave it at 'auto', which chooses what fits."
+            f"or higher; here it is {backbone} on {platform}. Leave it at 'auto', which chooses what fits; "
+            "CUDA_VISIBLE_DEVICES=0 shows one of several GPUs alone."
         )
     if implementation != "auto":
         return implementation

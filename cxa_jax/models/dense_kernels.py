@@ -12,9 +12,9 @@ elementwise in X happens while a tile is in registers:
             pixels: the kernel's gradient relu(N(X))^T g, and the two sums that the gradients of norm and moments are
             made of.
 
-N(X) is slope X + shift with slope = scale / sqrt(var + eps), shift = bias - slope mean, in float32 as in fused_ops.py.
-Channels are taken in steps of CHANNELS; the last step may reach past c_l into channels that are not the layer's: their
-slope, shift and rows of K are zero, so they add nothing and their G is written back as it was.
+N(X) = (X - mean) slope + bias with slope = scale / sqrt(var + eps), in float32 as in fused_ops.py. Channels are taken
+in steps of CHANNELS; the last step may reach past c_l into channels that are not the layer's: their slope, bias and
+rows of K are zero, so they add nothing and their G is written back as it was.
 
 The 3x3 half is the GPU's own library's; `undo_growth` puts the rest of its backward pass together.
 """
@@ -83,9 +83,9 @@ def _bottleneck_kernel(x_ref, affine_ref, matrix_ref, y_ref, sums_ref, *, rows):
 
     def add(i, y):
         channels = pl.ds(i * CHANNELS, CHANNELS)
-        x = x_ref[pixels, channels]
-        a = jnp.maximum(_normalize(x, affine_ref, channels), 0)
-        return y + triton.dot(a.astype(x.dtype), matrix_ref[channels, :])
+        mean, slope, bias = (affine_ref[i, channels][None] for i in range(3))
+        a = jnp.maximum((x_ref[pixels, channels].astype(wide) - mean) * slope + bias, 0)
+        return y + triton.dot(a.astype(x_ref.dtype), matrix_ref[channels, :])
 
     y = lax.fori_loop(0, num_in // CHANNELS, add, jnp.zeros((rows, num_out), wide)).astype(y_ref.dtype)
     y_ref[pixels, :] = y
@@ -140,18 +140,18 @@ def _undo_kernel(x_ref, old_ref, g_ref, affine_ref, matrix_ref, new_ref, sums_re
     # Neighbouring programs share their pixels, so that g is read from memory once and from the cache by the others.
     num_steps = matrix_ref.shape[0] // CHANNELS
     split, channels = pl.program_id(0) // num_steps, pl.ds(pl.program_id(0) % num_steps * CHANNELS, CHANNELS)
-    slope, mean, matrix = affine_ref[0, channels][None], affine_ref[2, channels][None], matrix_ref[channels, :]
+    (mean, slope, bias), matrix = (affine_ref[i, channels][None] for i in range(3)), matrix_ref[channels, :]
     wide = sums_ref.dtype
 
     def add(i, sums):
         pixels = pl.ds((split + i * num_splits) * rows, rows)
-        x, g_y = x_ref[pixels, channels], g_ref[pixels, :]
-        a = _normalize(x, affine_ref, channels)
+        centred, g_y = x_ref[pixels, channels].astype(wide) - mean, g_ref[pixels, :]
+        a = centred * slope + bias
         g = jnp.where(a > 0, triton.dot(g_y, matrix, trans_b=True), 0)
         new_ref[pixels, channels] = (old_ref[pixels, channels].astype(wide) + g * slope).astype(new_ref.dtype)
-        a = jnp.maximum(a, 0).astype(x.dtype)
+        a = jnp.maximum(a, 0).astype(x_ref.dtype)
         g_matrix = triton.dot(a, g_y, trans_a=True)
-        return sums[0] + g, sums[1] + g * (x.astype(wide) - mean), sums[2] + g_matrix
+        return sums[0] + g, sums[1] + g * centred, sums[2] + g_matrix
 
     zeros = jnp.zeros((rows, CHANNELS), wide)  # summed over its rows at the end alone
     num_tiles = count_own(x_ref.shape[0] // rows, split, num_splits)
@@ -160,15 +160,10 @@ def _undo_kernel(x_ref, old_ref, g_ref, affine_ref, matrix_ref, new_ref, sums_re
     g_matrix_ref[split, channels, :] = g_matrix
 
 
-def _normalize(x, affine_ref, channels):
-    """A tile of X [rows, CHANNELS] behind the norm, in the moments' type."""
-    return x.astype(affine_ref.dtype) * affine_ref[0, channels][None] + affine_ref[1, channels][None]
-
-
 def _fill_steps(moments, norm, kernel, epsilon, dtype):
-    """Slope, shift and mean [3, c] and K [c, D], with zeros up to a whole number of steps."""
+    """Mean, slope and bias [3, c] and K [c, D], with zeros up to a whole number of steps."""
     missing = -moments.mean.size % CHANNELS
-    affine = jnp.pad(norm_kernel.fold(moments, norm, epsilon), ((0, 0), (0, missing)))
+    affine = jnp.pad(norm_kernel.stack(moments, norm, epsilon), ((0, 0), (0, missing)))
     return affine, jnp.pad(kernel[0, 0].astype(dtype), ((0, missing), (0, 0)))
 
 

@@ -67,7 +67,7 @@ class DenseNet(nn.Module):
       num_layers: dense layers in each of the four blocks.
       dtype: compute type; parameters and batch moments stay float32.
       implementation: 'plain' is the graph as written here; 'fused' the same function of the same variables, faster
-        (fused_densenet.py).
+        (fused_densenet.py), 'kernels' the fused graph with a GPU's own kernels in training (dense_kernels.py).
       remat: recompute each layer in the backward pass ('fused' always does, but for the 1x1 convolutions).
     """
 
@@ -91,7 +91,7 @@ class DenseNet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         check_images(images, self.min_size, type(self).__name__)
-        check_implementation(self.implementation)
+        check_implementation(self.implementation, ("plain", "fused", "kernels"))
         if self.implementation != "plain":
             return fused_densenet(
                 images,

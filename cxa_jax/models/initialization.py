@@ -18,6 +18,7 @@ from jax import lax
 from jax.extend import core
 from jax.extend.random import threefry_2x32
 
+HOST_OPERATIONS = {"broadcast_in_dim", "random_fold_in", "glorot_uniform"}
 CHUNK = 1 << 16  # draws of one call: one program for arrays of all sizes
 
 
@@ -30,9 +31,14 @@ def glorot_uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.floa
     return nn.initializers.glorot_uniform()(key, shape, dtype)
 
 
-def draws_threefry(key: jax.Array) -> bool:
-    """Return whether `run_on_host` draws what jax.random does from such a key: so by default."""
-    return bool(jax.config.jax_threefry_partitionable) and str(jax.random.key_impl(key)) == "threefry2x32"
+def runs_on_host(function: core.ClosedJaxpr, key: jax.Array) -> bool:
+    """Return whether `run_on_host` does what the compiled function would, and at once.
+
+    So it is unless another generator than jax' default is set (jax_default_prng_impl, jax_threefry_partitionable), or a
+    module draws by something else than `glorot_uniform`.
+    """
+    is_threefry = bool(jax.config.jax_threefry_partitionable) and str(jax.random.key_impl(key)) == "threefry2x32"
+    return is_threefry and {_name(equation) for equation in find_needed(function.jaxpr)} <= HOST_OPERATIONS
 
 
 def run_on_host(function: core.ClosedJaxpr, *arguments: Any) -> list[Any]:
@@ -69,12 +75,17 @@ def find_needed(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
 
 def _evaluate(equation: core.JaxprEqn, inputs: list[Any]) -> list[Any]:
     output = equation.outvars[0].aval
-    if equation.params.get("name") == glorot_uniform.__name__:
+    if _name(equation) == "glorot_uniform":
         return [draw_glorot_uniform(inputs[0], output.shape)]
     if equation.primitive.name == "broadcast_in_dim" and np.ndim(inputs[0]) == 0:
         return [np.full(output.shape, inputs[0], output.dtype)]
     outputs = equation.primitive.bind(*inputs, **equation.params)
     return list(outputs) if equation.primitive.multiple_results else [outputs]
+
+
+def _name(equation: core.JaxprEqn) -> str:
+    """A jitted function's name, else the operation's."""
+    return equation.params.get("name") or equation.primitive.name
 
 
 def draw_glorot_uniform(key: jax.Array, shape: tuple[int, ...]) -> np.ndarray:

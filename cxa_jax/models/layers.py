@@ -38,10 +38,10 @@ def check_images(images: jax.Array, min_size: int, name: str) -> None:
         raise UserError(f"{name} takes floating-point images, {seen}; normalise first (cxa_jax.data.augment)")
 
 
-def check_implementation(implementation: str) -> None:
-    """Raise UserError unless it is 'plain' or 'fused'."""
-    if implementation not in ("plain", "fused", "kernels"):
-        raise UserError(f"model.implementation is {implementation!r}; give 'plain' or 'fused'.")
+def check_implementation(implementation: str, choices: Sequence[str] = ("plain", "fused")) -> None:
+    """Raise UserError unless a backbone has this graph."""
+    if implementation not in choices:
+        raise UserError(f"model.implementation is {implementation!r}; give {' or '.join(map(repr, choices))}.")
 
 
 def remat(apply: Apply) -> Apply:

@@ -62,10 +62,13 @@ def gradients_of_sums(
     return g_moments, Affine(inv_std * g_slope, g_bias)
 
 
-def fold(moments: Moments, affine: Affine, epsilon: float) -> jax.Array:
-    """Return slope, shift and mean [3, C]: N(x) = slope x + shift."""
-    slope = lax.rsqrt(moments.var + epsilon) * affine.scale
-    return jnp.stack([slope, affine.bias - slope * moments.mean, moments.mean])
+def stack(moments: Moments, affine: Affine, epsilon: float) -> jax.Array:
+    """Return mean, slope and bias [3, C]: N(x) = (x - mean) slope + bias, in this order also in the kernels.
+
+    Written slope x + shift it would be another number in the last digit, and a ReLU here and there would open that is
+    closed elsewhere in the graph.
+    """
+    return jnp.stack([moments.mean, lax.rsqrt(moments.var + epsilon) * affine.scale, affine.bias])
 
 
 def _sum_gradients(x, g, moments, affine, epsilon):
@@ -81,20 +84,20 @@ def _sum_gradients(x, g, moments, affine, epsilon):
         compiler_params=COMPILER,
         interpret=interpret(),
         name="norm_sums",
-    )(x, g, fold(moments, affine, epsilon))
+    )(x, g, stack(moments, affine, epsilon))
     return sums.sum(0)
 
 
 def _kernel(x_ref, g_ref, affine_ref, sums_ref, *, rows, num_channels, num_programs):
     program, channels = pl.program_id(0), pl.ds(pl.program_id(1) * num_channels, num_channels)
-    slope, shift, mean = (affine_ref[i, channels][None] for i in range(3))
+    mean, slope, bias = (affine_ref[i, channels][None] for i in range(3))
     wide = sums_ref.dtype
 
     def add(i, sums):
         pixels = pl.ds((program + i * num_programs) * rows, rows)
-        x = x_ref[pixels, channels].astype(wide)
-        g = jnp.where(x * slope + shift > 0, g_ref[pixels, channels].astype(wide), 0)
-        return sums[0] + g, sums[1] + g * (x - mean)
+        centred = x_ref[pixels, channels].astype(wide) - mean
+        g = jnp.where(centred * slope + bias > 0, g_ref[pixels, channels].astype(wide), 0)
+        return sums[0] + g, sums[1] + g * centred
 
     zeros = jnp.zeros((rows, num_channels), wide)
     sums = lax.fori_loop(0, count_own(x_ref.shape[0] // rows, program, num_programs), add, (zeros, zeros))

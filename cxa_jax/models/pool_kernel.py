@@ -22,7 +22,7 @@ COMPILER = triton.CompilerParams(num_warps=4, num_stages=2)
 
 def takes(shape: tuple[int, ...]) -> bool:
     """Return whether the kernel takes the gradient of a pool of [B, H, W, C]: H and W even, C a power of two."""
-    return shape[1] % 2 == 0 and shape[2] % 2 == 0 and shape[3].bit_count() == 1
+    return shape[0] > 0 and shape[1] % 2 == 0 and shape[2] % 2 == 0 and shape[3].bit_count() == 1
 
 
 def undo_max_pool(cell: jax.Array, g: jax.Array) -> jax.Array:
