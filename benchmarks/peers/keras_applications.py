@@ -9,6 +9,7 @@ from protocol import (
     HEAD_WIDTH,
     LEARNING_RATE,
     MOMENTUM,
+    RUN_STEPS,
     parse_arguments,
     serve,
 )
@@ -60,10 +61,17 @@ images = rng.random((arguments.batch_size, arguments.image_size, arguments.image
 labels = (np.arange(arguments.batch_size) % 2).astype(np.float32)[:, None]
 class_weight = dict(enumerate(CLASS_WEIGHTS))
 
+
+def train() -> float:
+    """Run one step to its loss on the host."""
+    return float(model.train_on_batch(images, labels, class_weight=class_weight))
+
+
 serve(
     arguments.first,
     {
-        "train": lambda: float(model.train_on_batch(images, labels, class_weight=class_weight)),
+        "train": train,
+        "train_run": lambda: [train() for _ in range(RUN_STEPS)][-1],
         "predict": lambda: np.asarray(model.predict_on_batch(images)),
         "predict_one": lambda: np.asarray(model.predict_on_batch(images[:1])),
     },
