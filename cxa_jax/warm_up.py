@@ -5,7 +5,7 @@ import contextlib
 import gc
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,18 +27,23 @@ class StepProgram(NamedTuple):
 
 def lower_train_step(run: Run, batch_size: int) -> Lowered:
     """Trace and lower training's own step for a batch size; nothing is put on a device."""
-    return trace_train_step(run, batch_size).lower()
+    return run.train_step.lower(*_describe_arguments(run, batch_size))
 
 
 def trace_train_step(run: Run, batch_size: int) -> Traced:
     """Trace training's own step for a batch size."""
+    return run.train_step.trace(*_describe_arguments(run, batch_size))
+
+
+def _describe_arguments(run: Run, batch_size: int) -> tuple[Any, ...]:
+    """The arguments of a train step, shapes in place of arrays."""
     sharding = split(run.mesh)
     batch = {
         name: jax.ShapeDtypeStruct((batch_size, *values.shape[1:]), values.dtype, sharding=sharding)
         for name, values in run.select_inputs(read_example(run.dataset.splits["train"])).items()
     }
     rate_scale = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(run.mesh))
-    return run.train_step.trace(run.abstract_state, batch, rate_scale, run.root_key)
+    return run.abstract_state, batch, rate_scale, run.root_key
 
 
 @contextlib.contextmanager
