@@ -1,6 +1,7 @@
 """Image files to 8-bit grey: one at a time, or many on all cores. Light to import: worker processes load it."""
 
 import contextlib
+import functools
 import itertools
 import os
 import pathlib
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageChops
 
 from cxa_jax.data.parallel import ordered_map
 from cxa_jax.errors import UserError
@@ -81,12 +82,12 @@ def _read_grey_image(path: str | os.PathLike) -> tuple[Image.Image, str, tuple[s
 
         pixels, mode, notes = dicom.read_dicom(path)
         if pixels.ndim == 3:
-            return Image.fromarray(dicom.to_luminance(pixels)), mode, _note_colour(pixels) + notes
+            return Image.fromarray(dicom.to_luminance(pixels)), mode, _note_colour(Image.fromarray(pixels)) + notes
         return Image.fromarray(pixels), mode, notes
     with _open_image(path) as image:
         image.load()
         grey, mode = _to_grey(image), image.mode
-        notes = () if mode in _GREY_MODES else _note_colour(np.asarray(_without_palette(image).convert("RGB")))
+        notes = () if mode in _GREY_MODES else _note_colour(_without_palette(image))
         notes += _note_orientation(image)
         num_frames = getattr(image, "n_frames", 1)  # formats of one frame have no such attribute
         return grey, mode, notes if num_frames == 1 else (*notes, f"the first of {num_frames} frames")
@@ -193,9 +194,14 @@ def _without_palette(image: Image.Image) -> Image.Image:
     return image.convert("RGBA") if image.mode in ("P", "PA") else image
 
 
-def _note_colour(rgb: np.ndarray) -> tuple[str, ...]:
-    channels = np.moveaxis(rgb, 2, 0).copy()  # one after another: ten times as fast as pixel by pixel
-    share = float(np.mean(channels.max(axis=0) - channels.min(axis=0) > _COLOUR_LEVELS))
+def _note_colour(image: Image.Image) -> tuple[str, ...]:
+    # by Pillow's operations: a fourth of what numpy takes, and NIH ships some files as RGBA
+    channels = (image if image.mode in ("RGB", "RGBA") else image.convert("RGB")).split()[:3]
+    differences = [ImageChops.difference(one, other) for one, other in itertools.combinations(channels, 2)]
+    if not any(difference.getbbox() for difference in differences):  # a grey copy
+        return ()
+    histogram = functools.reduce(ImageChops.lighter, differences).histogram()
+    share = sum(histogram[_COLOUR_LEVELS + 1 :]) / (image.width * image.height)
     return (f"colour in {share:.0%} of the pixels, read as luminance",) if share > _COLOUR_SHARE else ()
 
 

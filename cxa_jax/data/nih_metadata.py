@@ -3,10 +3,13 @@
 import collections
 import csv
 import dataclasses
+import functools
 import math
+import operator
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 from cxa_jax.data.nih_download import Download, name_first, read_label_version
 from cxa_jax.errors import UserError
@@ -29,8 +32,7 @@ _AGE = re.compile(r"(\d+)([YMD]?)")
 _DAYS = {"": 365, "Y": 365, "M": 30, "D": 1}
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One image of the task; `part` is its official list, `boxes` the heart's x, y, w, h in the 1024 px frame."""
 
     id: str
@@ -90,12 +92,13 @@ def load_metadata(download: Download, *, other_findings: bool = False) -> Metada
         if label is None and other_findings:
             label = 0
         if label is not None:
-            rows.append(Row(name, label=label, part=part_of[name], boxes=tuple(boxes[name]), **labels[name]))
+            rows.append(Row(name, label=label, part=part_of[name], boxes=tuple(boxes.get(name, ())), **labels[name]))
     counts = _count(labels, lists, rows)
     _check_published(version, counts, download.label_file)
     return Metadata(rows, version, counts)
 
 
+@functools.cache  # a few hundred combinations of findings, a hundred thousand rows
 def label_of(findings: str) -> int | None:
     """Return 1 for Cardiomegaly (with or without others), 0 for exactly 'No Finding', None for neither (R2)."""
     if POSITIVE in findings.split("|"):
@@ -117,17 +120,20 @@ def _read_label_file(path: pathlib.Path) -> dict[str, dict]:
     if missing := [column for column in COLUMNS if column not in header]:
         raise UserError(f"{path}: the header lacks the columns {', '.join(missing)}; is it the NIH label file?")
     places = [header.index(column) for column in COLUMNS]
-    labels = {}
+    pick = operator.itemgetter(*places)
+    labels, known_findings = {}, set()
     for number, fields in enumerate(lines, start=2):
         if not fields:
             continue
         if len(fields) <= max(places):
             raise UserError(f"{path}, line {number}: {len(fields)} fields, too few; the file is cut or damaged")
-        name, findings, patient, age, sex, view = (fields[place].strip() for place in places)
+        name, findings, patient, age, sex, view = map(str.strip, pick(fields))
         if name in labels:
             raise UserError(f"{path}, line {number}: {name} is there twice")
-        if unknown := set(findings.split("|")) - FINDINGS:
-            raise UserError(f"{path}, line {number}: unknown finding {', '.join(sorted(unknown))}")
+        if findings not in known_findings:
+            if unknown := set(findings.split("|")) - FINDINGS:
+                raise UserError(f"{path}, line {number}: unknown finding {', '.join(sorted(unknown))}")
+            known_findings.add(findings)
         if not patient.isdecimal():
             raise UserError(f"{path}, line {number}: Patient ID {patient!r} is not a number")
         labels[name] = {"patient": str(int(patient)), "findings": findings, "view": view, "sex": sex,
@@ -135,6 +141,7 @@ def _read_label_file(path: pathlib.Path) -> dict[str, dict]:
     return labels
 
 
+@functools.cache
 def _parse_age(text: str) -> int:
     match = _AGE.fullmatch(text)
     if not match:

@@ -7,6 +7,7 @@ input, so they also end by themselves when this process is gone, however it went
 
 import collections
 import contextlib
+import fcntl
 import itertools
 import os
 import pickle
@@ -14,10 +15,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import IO, Any
 
 _COMMAND = "from cxa_jax.data import parallel; parallel.serve()"
 _TASKS_AHEAD = 2  # of each worker: the one it computes, and the next
+_PIPE_BYTES = 1 << 20  # what Linux lets anyone ask for
 
 
 def count_cores() -> int:
@@ -86,10 +88,17 @@ def _start_worker() -> Iterator[subprocess.Popen]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     command = [sys.executable, "-c", _COMMAND]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as worker:
+        _widen(worker.stdout)
         try:
             yield worker
         finally:
             worker.kill()
+
+
+def _widen(pipe: IO[bytes]) -> None:
+    """Let a pipe hold a few outcomes, so that a worker goes on while the parent reads another's; 64 KiB hold none."""
+    with contextlib.suppress(AttributeError, OSError):  # not on Linux; this user has too many such pipes
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
 
 def _send(worker: subprocess.Popen, message: Any) -> None:
