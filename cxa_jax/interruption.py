@@ -55,7 +55,13 @@ def check() -> None:
 
 @contextlib.contextmanager
 def held_back(*, check_at_end: bool = True) -> Iterator[None]:
-    """Raise nothing by itself inside; the body asks by `is_asked` or `check`. At the outermost one's end, `check`."""
+    """Raise nothing by itself inside; the body asks by `is_asked` or `check`. At the outermost one's end, `check`.
+
+    In other threads than the main one nothing is ever raised, and this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     notice = _notice
     notice.num_holders += 1
     try:

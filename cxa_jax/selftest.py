@@ -4,6 +4,7 @@ The weights are drawn from NumPy's Philox bits, which are the same everywhere; t
 in selftest_values.npz beside this file. `write_values` made it, on a CPU, by the plain graph.
 """
 
+import functools
 import logging
 import pathlib
 import time
@@ -88,9 +89,8 @@ def draw_images() -> np.ndarray:
 def compute_outputs(images: np.ndarray, implementation: str) -> dict[str, np.ndarray]:
     """Return OUTPUTS of the fixed network for images uint8 [N, S, S], on the present device."""
     model = CardioXAttentionNet(DenseNet(num_layers=(1, 1, 1, 1), implementation=implementation))
-    abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)), train=False))
     step = jax.jit(make_eval_step(model, "min_max"))
-    out = {name: np.asarray(value) for name, value in step(draw_weights(abstract), images[..., None]).items()}
+    out = {name: np.asarray(value) for name, value in step(draw_variables(model), images[..., None]).items()}
     return out | {"score": 1 / (1 + np.exp(-out["logit"]))}
 
 
@@ -101,8 +101,7 @@ def compute_gradients(images: np.ndarray, implementation: str) -> dict[str, np.n
     """
     images = np.resize(np.concatenate([images, images[..., ::-1]]), (TRAIN_BATCH, *images.shape[1:]))[..., None]
     model = CardioXAttentionNet(DenseNet(num_layers=(2, 2, 2, 2), implementation=implementation), dropout=0.0)
-    abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)), train=False))
-    variables, labels = draw_weights(abstract), np.arange(TRAIN_BATCH) % 2
+    variables, labels = draw_variables(model), np.arange(TRAIN_BATCH) % 2
 
     def loss(params: PyTree, images: jax.Array) -> tuple[jax.Array, PyTree]:
         inputs = to_rgb(normalize_images(images, "min_max"), "min_max")
@@ -116,6 +115,12 @@ def compute_gradients(images: np.ndarray, implementation: str) -> dict[str, np.n
         name: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]).astype(np.float64)
         for name, tree in parts.items()
     }
+
+
+def draw_variables(model: CardioXAttentionNet) -> PyTree:
+    """Draw the variables of a network."""
+    init = functools.partial(model.init, train=False)
+    return draw_weights(jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3))))
 
 
 def draw_weights(abstract: PyTree) -> PyTree:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from cxa_jax import distributed, figures, interruption
 from cxa_jax.array_types import Batch
+from cxa_jax.background_saves import BackgroundSaves
 from cxa_jax.checkpointing import Checkpoints, read_first
 from cxa_jax.console import progress_bar
 from cxa_jax.data.pipeline import make_train_iterator, steps_per_epoch
@@ -77,24 +78,23 @@ def _describe_memory(train_config: ConfigDict) -> tuple[str, str]:
 
 def train(run: Run, folder: pathlib.Path, output: pathlib.Path) -> None:
     """Train to the config's end, from where the checkpoints of `folder` stand; other files are written to `output`."""
-    with Checkpoints(folder, "latest") as latest, Checkpoints(folder, "best") as best:
-        state, progress, iterator = start_or_resume(run, output, latest, best)
+    with BackgroundSaves(folder) as saves:
+        state, progress, iterator = start_or_resume(run, output, saves.latest, saves.best)
         if progress.epoch == 0:
             figures.save_augmentation_grid(run, output / "augmentation.png")
         with MetricWriter(output, progress.history, run.dataset.description) as writer, interruption.held_back():
             while progress.epoch < run.config.train.num_epochs and not progress.early_stop.stop:
-                state, progress = train_epoch(run, state, progress, iterator, latest)
+                state, progress = train_epoch(run, state, progress, iterator, saves)
                 try:
                     distributed.stop_if_agreed()
                     progress = end_epoch(run, state, progress)
                 except interruption.Interrupted:  # here or on the dev split: the epoch's steps are not lost
-                    latest.save(state, make_meta(run, progress, iterator))
+                    saves.save(state, make_meta(run, progress, iterator))
                     raise
-                if progress.best_step == int(state.step):
-                    best.save(state, make_meta(run, progress, iterator))
-                    best.wait()  # the best is on disk before a newer latest can point to it
+                saves.wait()  # no row of this epoch if the one before cannot be written
                 writer.write(progress.history)  # first: a cut between the two writes the same row again
-                latest.save(state, make_meta(run, progress, iterator))
+                is_best = progress.best_step == int(state.step)
+                saves.save(state, make_meta(run, progress, iterator), is_best=is_best)
                 distributed.stop_if_agreed()
 
 
@@ -163,7 +163,7 @@ def make_meta(run: Run, progress: Progress, iterator: grain.DatasetIterator) -> 
 
 
 def train_epoch(
-    run: Run, state: TrainState, progress: Progress, iterator: grain.DatasetIterator, latest: Checkpoints
+    run: Run, state: TrainState, progress: Progress, iterator: grain.DatasetIterator, saves: BackgroundSaves
 ) -> tuple[TrainState, Progress]:
     """Train to the end of the epoch under way.
 
@@ -185,17 +185,17 @@ def train_epoch(
             on_device = put_batch(run.select_inputs(batch), run.mesh)
             state, metrics = run.train_step(state, on_device, rate_scale, run.root_key)
             if pending is not None:
-                progress = _fetch(run, state, progress, pending, latest, bar)
+                progress = _fetch(run, state, progress, pending, saves, bar)
             pending = batch, metrics
             due = train.checkpoint_every_steps and (epoch_step + 1) % train.checkpoint_every_steps == 0
             ends = distributed.is_stop_due(progress.epoch * num_steps + epoch_step)
             if due or ends:
-                progress, pending = _fetch(run, state, progress, pending, latest, bar), None
-                latest.save(state, make_meta(run, progress, iterator))
+                progress, pending = _fetch(run, state, progress, pending, saves, bar), None
+                saves.save(state, make_meta(run, progress, iterator))
             if ends:
                 distributed.stop()
         if pending is not None:
-            progress = _fetch(run, state, progress, pending, latest, bar)
+            progress = _fetch(run, state, progress, pending, saves, bar)
     return state, progress
 
 
@@ -204,13 +204,13 @@ def _fetch(
     state: TrainState,
     progress: Progress,
     pending: tuple[Batch, dict[str, jax.Array]],
-    latest: Checkpoints,
+    saves: BackgroundSaves,
     bar: tqdm,
 ) -> Progress:
     batch, metrics = pending
     loss = float(metrics["loss"])
     if not bool(metrics["healthy"]):
-        _stop_unhealthy(run, state, progress, batch, loss, latest)
+        _stop_unhealthy(run, state, progress, batch, loss, saves)
     progress = progress.add_step(loss, int(batch["mask"].sum()))
     bar.set_postfix(loss=f"{progress.train_loss:.4f}", refresh=False)
     bar.update(run.config.train.batch_size)
@@ -218,7 +218,7 @@ def _fetch(
 
 
 def _stop_unhealthy(
-    run: Run, state: TrainState, progress: Progress, batch: Batch, loss: float, latest: Checkpoints
+    run: Run, state: TrainState, progress: Progress, batch: Batch, loss: float, saves: BackgroundSaves
 ) -> None:
     """Save the state, which froze before the bad step, and raise."""
     step = int(state.step)
@@ -228,14 +228,14 @@ def _stop_unhealthy(
     iterator = make_train_iterator(
         split, run.config.data, batch_size=run.config.train.batch_size, seed=run.config.seed, start_step=position
     )
-    latest.save(state.replace(healthy=jax.numpy.ones_like(state.healthy)), make_meta(run, progress, iterator))
-    latest.wait()
+    saves.save(state.replace(healthy=jax.numpy.ones_like(state.healthy)), make_meta(run, progress, iterator))
+    saves.wait()
     rate = run.config.optimizer.learning_rate * progress.plateau.scale
     ids = ", ".join(split.index["id"][batch["index"]].tolist())
     raise UserError(
         f"the loss is {loss} or its gradient is not finite at step {step} (epoch {progress.epoch + 1}), learning rate "
-        f"{rate:g}, images {ids}.\nThe state before this step is kept in {latest.directory}. Look at these images, or "
-        "go on with a lower --config.optimizer.learning_rate and --config.train.resume_changed=True."
+        f"{rate:g}, images {ids}.\nThe state before this step is kept in {saves.latest.directory}. Look at these "
+        "images, or go on with a lower --config.optimizer.learning_rate and --config.train.resume_changed=True."
     )
 
 

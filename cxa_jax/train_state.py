@@ -68,10 +68,9 @@ def trace_initialization(
     key: jax.Array, model: CardioXAttentionNet, tx: optax.GradientTransformation, image_size: int
 ) -> Initialization:
     """Trace `init_train_state`; nothing is compiled or drawn. Of the key only the type matters."""
-    if getattr(
-        getattr(model, "backbone", None), "remat", False
-    ):  # the same variables, else they come out of its custom gradient
-        model = model.clone(backbone=model.backbone.clone(remat=False))
+    backbone = getattr(model, "backbone", None)
+    if getattr(backbone, "remat", False):  # the same variables without, else they come out of its custom gradient
+        model = model.clone(backbone=backbone.clone(remat=False))
     init = functools.partial(init_train_state, model=model, tx=tx, image_size=image_size)
     return Initialization(*jax.make_jaxpr(init, return_shape=True)(key))
 

@@ -23,7 +23,7 @@ FLOORS = [
     {"metric_writer", "progress", "sharding", "config_checks", "runtime"},
     {"train_state", "timing"},
     {"steps", "checkpointing"},
-    {"evaluate", "run"},
+    {"evaluate", "run", "background_saves"},
     {"warm_up"},
     {"map_evaluation", "saved_maps", "trained_network"},
     {"map_levels"},

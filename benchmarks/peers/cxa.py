@@ -53,17 +53,22 @@ with compiling_train_step(run) if arguments.first.startswith("train") else conte
 rate_scale = jax.device_put(np.float32(1), replicated(run.mesh))
 
 
+def put() -> dict[str, jax.Array]:
+    """Put the batch on the device."""
+    return put_batch({"image": images, "label": labels, "mask": np.ones(arguments.batch_size, bool)}, run.mesh)
+
+
 def train() -> float:
     """Run one step from a batch on the host to its loss on the host."""
     global state
-    batch = put_batch({"image": images, "label": labels, "mask": np.ones(arguments.batch_size, bool)}, run.mesh)
+    batch = put()
     state, metrics = run.train_step(state, batch, rate_scale, run.root_key)
     return float(metrics["loss"])
 
 
 def make_train_run():
     """Return a call of RUN_STEPS steps in a row on one batch that lies on the device, the last one's loss fetched."""
-    batch = put_batch({"image": images, "label": labels, "mask": np.ones(arguments.batch_size, bool)}, run.mesh)
+    batch = put()
 
     def train_run() -> float:
         global state

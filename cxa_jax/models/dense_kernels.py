@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from cxa_jax.models import norm_kernel
-from cxa_jax.models.fused_ops import NHWC, Affine, Moments, moments_gradient
+from cxa_jax.models.fused_ops import Affine, Moments, convolve_3x3, moments_gradient
 from cxa_jax.models.kernel_tiles import choose_rows, count_own, fills_tiles, interpret
 
 CHANNELS = 64  # of X in a tile; half of it is the growth of a layer
@@ -181,12 +181,8 @@ def undo_growth(
     Returns:
       The whole gradient of y, that through its moments included, and those of norm and kernel.
     """
-    g_z, g_kernel = jax.vjp(_convolve, norm_kernel.normalize_relu(y, moments, norm, epsilon), kernel)[1](g)
+    g_z, g_kernel = jax.vjp(convolve_3x3, norm_kernel.normalize_relu(y, moments, norm, epsilon), kernel)[1](g)
     g_own, g_norm = norm_kernel.undo_norm(y, moments, norm, epsilon, g_z)
     g_y = norm_kernel.undo_slope(y, moments, norm, epsilon, g_z)
     g_y += moments_gradient(y.astype(g_y.dtype), moments, jax.tree.map(jnp.add, g_moments, g_own))
     return g_y.astype(y.dtype), g_norm, g_kernel
-
-
-def _convolve(x, kernel):
-    return lax.conv_general_dilated(x, kernel.astype(x.dtype), (1, 1), "SAME", dimension_numbers=NHWC)

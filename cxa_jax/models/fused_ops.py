@@ -56,16 +56,17 @@ def not_before(g: jax.Array, x: jax.Array) -> jax.Array:
 def compute_moments(x: jax.Array) -> Moments:
     """Compute mean and E[x^2] - mean^2, clipped at 0, over all pixels of [B, H, W, C]: Flax' fast variance."""
     x = _widen(x)
-    mean = x.mean(PIXELS)
-    return Moments(mean, jnp.maximum(jnp.square(x).mean(PIXELS) - jnp.square(mean), 0.0))
+    mean = _mean(x)
+    return Moments(mean, _relu(lax.sub(_mean(lax.square(x)), lax.square(mean))))
 
 
 def moments_gradient(x: jax.Array, moments: Moments, g: Moments) -> jax.Array:
     """Return what the moments' gradients `g` add to the gradient of x: (g_mean + 2 (x - mean) g_var) / pixels."""
     num_pixels = x.size // x.shape[-1]
     g_mean = g.mean / num_pixels
-    g_var = jnp.where(moments.var > 0, g.var, 0.0) * (2 / num_pixels)  # no gradient where the variance was clipped
-    return (_row(g_mean) + (_widen(x) - _row(moments.mean)) * _row(g_var)).astype(x.dtype)
+    # no gradient where the variance was clipped
+    g_var = lax.select(moments.var > 0, g.var, jnp.zeros_like(g.var)) * (2 / num_pixels)
+    return _affine(_widen(x), moments.mean, g_var, g_mean).astype(x.dtype)
 
 
 def _compute_moments_forward(x):
@@ -87,10 +88,10 @@ def _normalize_backward(epsilon, saved, g):
     inv_std = lax.rsqrt(moments.var + epsilon)
     slope = inv_std * affine.scale
     g = _widen(g)
-    g_bias = g.sum(PIXELS)
-    g_slope = (g * (_widen(x) - _row(moments.mean))).sum(PIXELS)
-    g_moments = Moments(-slope * g_bias, -0.5 * slope * jnp.square(inv_std) * g_slope)
-    return (g * _row(slope)).astype(x.dtype), g_moments, Affine(inv_std * g_slope, g_bias)
+    g_bias = lax.reduce_sum(g, PIXELS)
+    g_slope = lax.reduce_sum(lax.mul(g, lax.sub(_widen(x), _along(moments.mean, x))), PIXELS)
+    g_moments = Moments(lax.mul(-slope, g_bias), lax.mul(lax.mul(-0.5 * slope, lax.square(inv_std)), g_slope))
+    return lax.mul(g, _along(slope, x)).astype(x.dtype), g_moments, Affine(lax.mul(inv_std, g_slope), g_bias)
 
 
 normalize.defvjp(lambda *args: (normalize(*args), args[:3]), _normalize_backward)
@@ -99,13 +100,14 @@ normalize.defvjp(lambda *args: (normalize(*args), args[:3]), _normalize_backward
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def normalize_relu(x: jax.Array, moments: Moments, affine: Affine, epsilon: float) -> jax.Array:
     """Compute relu((x - mean) / sqrt(var + epsilon) * scale + bias) of [B, H, W, C], in float32, stored as x is."""
-    return jax.nn.relu(_normalize(_widen(x), moments, affine, epsilon)).astype(x.dtype)
+    return _relu(_normalize(_widen(x), moments, affine, epsilon)).astype(x.dtype)
 
 
 def undo_normalize_relu(epsilon, saved, g):
     """Return the gradients of x, moments and affine from those three and that of the output."""
     x, moments, affine = saved
-    g = jnp.where(_normalize(_widen(x), moments, affine, epsilon) > 0, _widen(g), 0.0)
+    g = _widen(g)
+    g = lax.select(_normalize(_widen(x), moments, affine, epsilon) > 0, g, jnp.zeros_like(g))
     return _normalize_backward(epsilon, saved, g)
 
 
@@ -129,21 +131,37 @@ def fold_batch_norm(moments: Moments, affine: Affine, epsilon: float) -> Affine:
 
 def apply_affine(x: jax.Array, affine: Affine, *, relu: bool = True) -> jax.Array:
     """Compute scale x + bias of [B, H, W, C], and its ReLU if asked, in float32, stored as x is."""
-    y = _widen(x) * _row(affine.scale) + _row(affine.bias)
-    return (jax.nn.relu(y) if relu else y).astype(x.dtype)
+    y = _widen(x) * _along(affine.scale, x) + _along(affine.bias, x)
+    return (_relu(y) if relu else y).astype(x.dtype)
 
 
 def _normalize(x, moments, affine, epsilon):
-    slope = lax.rsqrt(moments.var + epsilon) * affine.scale
-    return (x - _row(moments.mean)) * _row(slope) + _row(affine.bias)
+    slope = lax.mul(lax.rsqrt(moments.var + epsilon), affine.scale)
+    return _affine(x, moments.mean, slope, affine.bias)
 
 
 def _widen(x):
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _row(v):
-    return v[None, None, None]
+# A DenseNet's step has tens of thousands of operations, and tracing takes time for each. So what comes up hundreds of
+# times is said in lax: jax.numpy takes three operations to lay a vector along an axis, and a traced call for each sum.
+def _affine(x, mean, slope, bias):
+    """Compute (x - mean) slope + bias of [B, H, W, C]."""
+    return lax.add(lax.mul(lax.sub(x, _along(mean, x)), _along(slope, x)), _along(bias, x))
+
+
+def _mean(x):
+    return lax.reduce_sum(x, PIXELS) / (x.size // x.shape[-1])
+
+
+def _along(v, x):
+    """v [C] for each pixel of x [B, H, W, C]."""
+    return lax.broadcast_in_dim(v, x.shape, (3,))
+
+
+def _relu(x):
+    return lax.max(x, jnp.zeros_like(x))
 
 
 # ---- convolutions ----
@@ -152,13 +170,13 @@ def _row(v):
 @jax.custom_vjp
 def conv_1x1(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolve [B, H, W, C] with [1, 1, C, D]: one matrix product, and two in the backward pass."""
-    return _matmul(x, kernel[0, 0])
+    return _matmul(x, _matrix(kernel))
 
 
 def undo_conv_1x1(saved, g):
     """Return the gradients of x and kernel from these two and that of the output."""
     x, kernel = saved
-    return _matmul(g, kernel[0, 0].T), _pixel_gram(x, g, kernel.dtype)[None, None]
+    return _matmul(g, _matrix(kernel).T), _pixel_gram(x, g, kernel.dtype).reshape(kernel.shape)
 
 
 conv_1x1.defvjp(lambda x, kernel: (conv_1x1(x, kernel), (x, kernel)), undo_conv_1x1)
@@ -172,6 +190,11 @@ def conv_3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     the output's gradient: that of x is sum_d S[q, d] kernel[d]^T, that of kernel[d] is sum_q x[q]^T S[q, d]. The shifts
     lie side by side as one matrix [B*H*W, 9 D], narrow because D is, and each gradient is one product with it.
     """
+    return convolve_3x3(x, kernel)
+
+
+def convolve_3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Compute what `conv_3x3` does, with the library's gradients."""
     return _convolve(x, kernel.astype(x.dtype), (1, 1), "SAME")
 
 
@@ -197,7 +220,7 @@ def _shifts(g):
 
 def _pad(x, axis, zeros):
     """Put (before, after) zeros at the ends of one axis."""
-    return jnp.pad(x, [zeros if own == axis else (0, 0) for own in range(x.ndim)])
+    return lax.pad(x, jnp.zeros((), x.dtype), [(*zeros, 0) if own == axis else (0, 0, 0) for own in range(x.ndim)])
 
 
 conv_3x3.defvjp(lambda x, kernel: (conv_3x3(x, kernel), (x, kernel)), undo_conv_3x3)
@@ -235,6 +258,11 @@ def _strided(x, start, size, strides):
     """The cells start, start + strides, ... of [B, H, W, C]: `size` of them along H and W."""
     (i, j), (rows, cols), (down, right) = start, size, strides
     return x[:, i : i + (rows - 1) * down + 1 : down, j : j + (cols - 1) * right + 1 : right]
+
+
+def _matrix(kernel):
+    """[1, 1, C, D] -> [C, D]."""
+    return kernel.reshape(kernel.shape[2:])
 
 
 def _matmul(x, matrix):

@@ -11,7 +11,6 @@ from jax import lax
 from cxa_jax.models import pool_kernel
 
 WINDOW = [(i, j) for i in range(3) for j in range(3)]  # the cells of a 3x3 window, row by row
-NO_CELL = 9  # where there is no window; one more stands for where no cell reaches
 
 
 def max_pool_3x3(x: jax.Array, padding: int = 1, kernels: bool = False) -> jax.Array:
@@ -58,9 +57,9 @@ def _max_pool_backward(cell, g):
     total = 0
     for a, b in np.ndindex(2, 2):
         shift = [(0, 0, 0), (a, 1 - a, 0), (b, 1 - b, 0), (0, 0, 0)]
-        own_cell, own_g = lax.pad(cell, np.uint8(NO_CELL), shift), lax.pad(g, jnp.zeros((), g.dtype), shift)
+        own_cell, own_g = lax.pad(cell, np.uint8(pool_kernel.NO_CELL), shift), lax.pad(g, jnp.zeros((), g.dtype), shift)
         i, j = np.arange(2)[:, None] + 2 * a, np.arange(2) + 2 * b
-        wanted = np.where((i < 3) & (j < 3), 3 * i + j, NO_CELL + 1).astype(np.uint8)
+        wanted = np.where((i < 3) & (j < 3), 3 * i + j, pool_kernel.NO_CELL + 1).astype(np.uint8)
         hit = own_cell[:, :, None, :, None] == wanted[:, None, :, None]
         total += jnp.where(hit, own_g[:, :, None, :, None], 0)
     total = total.reshape(g.shape[0], 2 * rows, 2 * cols, g.shape[3])

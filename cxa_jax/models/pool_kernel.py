@@ -16,7 +16,7 @@ from cxa_jax.models.kernel_tiles import choose_rows, interpret
 
 ROWS = 32  # windows in a tile
 CELLS = (((0, 1),), ((0, 2), (1, 0)))  # (window n or n + 1, its cell), for the first and the second pixel of a block
-NO_CELL = 9
+NO_CELL = 9  # where there is no window; one more stands for where no cell reaches
 COMPILER = triton.CompilerParams(num_warps=4, num_stages=2)
 
 
