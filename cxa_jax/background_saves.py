@@ -28,9 +28,9 @@ class BackgroundSaves:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        with self.latest, self.best:
-            with held_back(check_at_end=exception[0] is None):
-                self._pool.shutdown()
+        # held back throughout: a signal must neither cut this short nor hide that a save has failed
+        with held_back(check_at_end=exception[0] is None), self.latest, self.best:
+            self._pool.shutdown()
             self.wait()
 
     def save(self, state: TrainState, meta: dict[str, Any], *, is_best: bool = False) -> None:

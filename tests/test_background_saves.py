@@ -15,7 +15,7 @@ from test_checkpointing import abstract, make_state
 from cxa_jax.background_saves import BackgroundSaves
 from cxa_jax.checkpointing import Checkpoints
 from cxa_jax.errors import UserError
-from cxa_jax.interruption import Interrupted, end_on_signal
+from cxa_jax.interruption import Interrupted, end_on_signal, held_back
 
 ORBAX_SAVE = "orbax.checkpoint.CheckpointManager.save"
 
@@ -118,6 +118,37 @@ def test_a_signal_while_leaving_is_raised_once_all_is_written(tmp_path, monkeypa
             saves.save(make_state(1), {})
             threading.Timer(0.3, notice).start()
     assert gate.kinds == ["latest"]
+    with Checkpoints(tmp_path, "latest", read_only=True) as latest:
+        assert latest.steps() == [1]
+
+
+@pytest.mark.parametrize("asks", ["before leaving", "while leaving"])
+def test_a_signal_does_not_hide_a_full_disk(tmp_path, monkeypatch, asks):
+    """Else the exit status would say that the same command goes on, and it would end the same way each time."""
+    gate = threading.Event()
+
+    def fail(*_, **__):
+        if asks == "while leaving":
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert gate.wait(60)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left"), end_on_signal():
+        with BackgroundSaves(tmp_path) as saves:
+            monkeypatch.setattr(ORBAX_SAVE, fail)
+            saves.save(make_state(1), {})
+            threading.Timer(0.3, gate.set).start()
+            if asks == "before leaving":
+                os.kill(os.getpid(), signal.SIGTERM)
+                threading.Event().wait(30)
+
+
+def test_a_signal_does_not_hide_what_ends_training(tmp_path):
+    with pytest.raises(UserError, match="the loss is nan"), end_on_signal():
+        with BackgroundSaves(tmp_path) as saves, held_back():
+            saves.save(make_state(1), {})
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise UserError("the loss is nan")
     with Checkpoints(tmp_path, "latest", read_only=True) as latest:
         assert latest.steps() == [1]
 

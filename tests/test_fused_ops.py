@@ -51,6 +51,27 @@ def random_norm(channels):
     return moments, ops.Affine(random_array(channels, seed=4), random_array(channels, seed=5))
 
 
+@pytest.mark.parametrize("narrow", ["x", "moments", "affine"])
+def test_types_may_differ(narrow):
+    """With JAX_ENABLE_X64 parameters are float64, and moments of float32 images are not."""
+    moments, affine = random_norm(4)
+    arguments = {"x": random_array(2, 3, 5, 4), "moments": moments, "affine": affine}
+    arguments[narrow] = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), arguments[narrow])
+    x = arguments["x"]
+    value, pull = jax.vjp(lambda *a: ops.normalize_relu(*a, EPSILON), *arguments.values())
+    expected, expected_pull = jax.vjp(reference_normalize_relu, *arguments.values())
+    g = random_array(*x.shape, seed=9)
+    found, wanted = (value, pull(g.astype(value.dtype))), (expected, expected_pull(g.astype(expected.dtype)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, wanted)
+    assert value.dtype == x.dtype
+
+
+def test_an_affine_map_has_no_gradient_where_its_relu_is_at_zero():
+    x, affine = jnp.zeros((1, 2, 2, 3)), ops.Affine(jnp.ones(3), jnp.zeros(3))
+    gradients = jax.grad(lambda x, affine: ops.apply_affine(x, affine).sum(), (0, 1))(x, affine)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(gradients))
+
+
 def test_moments_are_mean_and_biased_variance():
     assert_same_function(ops.compute_moments, reference_moments, random_array(2, 3, 5, 4))
 

@@ -66,7 +66,7 @@ class Norm(nn.Module):
         if self.is_initializing():
             return
         for running, batch in zip((self.mean, self.var), jax.lax.stop_gradient(moments), strict=True):
-            running.value = lax.add(BATCH_NORM_MOMENTUM * running.value, (1 - BATCH_NORM_MOMENTUM) * batch)
+            running.value = BATCH_NORM_MOMENTUM * running.value + (1 - BATCH_NORM_MOMENTUM) * batch
 
     def __call__(
         self, x: jax.Array, moments: ops.Moments | None, epsilon: float, *, relu: bool, kernels: bool = False

@@ -8,6 +8,7 @@ A product that sums over pixels is written on two-dimensional views [B*H*W, C]: 
 it lies, and copies it transposed when the sum runs over three separate axes.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -62,7 +63,7 @@ def compute_moments(x: jax.Array) -> Moments:
 
 def moments_gradient(x: jax.Array, moments: Moments, g: Moments) -> jax.Array:
     """Return what the moments' gradients `g` add to the gradient of x: (g_mean + 2 (x - mean) g_var) / pixels."""
-    num_pixels = x.size // x.shape[-1]
+    num_pixels = math.prod(x.shape[:3])
     g_mean = g.mean / num_pixels
     # no gradient where the variance was clipped
     g_var = lax.select(moments.var > 0, g.var, jnp.zeros_like(g.var)) * (2 / num_pixels)
@@ -86,10 +87,10 @@ def normalize(x: jax.Array, moments: Moments, affine: Affine, epsilon: float) ->
 def _normalize_backward(epsilon, saved, g):
     x, moments, affine = saved
     inv_std = lax.rsqrt(moments.var + epsilon)
-    slope = inv_std * affine.scale
-    g = _widen(g)
+    wide, g, mean, inv_std, scale = _same_type(_widen(x), _widen(g), moments.mean, inv_std, affine.scale)
+    slope = lax.mul(inv_std, scale)
     g_bias = lax.reduce_sum(g, PIXELS)
-    g_slope = lax.reduce_sum(lax.mul(g, lax.sub(_widen(x), _along(moments.mean, x))), PIXELS)
+    g_slope = lax.reduce_sum(lax.mul(g, lax.sub(wide, _along(mean, x))), PIXELS)
     g_moments = Moments(lax.mul(-slope, g_bias), lax.mul(lax.mul(-0.5 * slope, lax.square(inv_std)), g_slope))
     return lax.mul(g, _along(slope, x)).astype(x.dtype), g_moments, Affine(lax.mul(inv_std, g_slope), g_bias)
 
@@ -132,11 +133,11 @@ def fold_batch_norm(moments: Moments, affine: Affine, epsilon: float) -> Affine:
 def apply_affine(x: jax.Array, affine: Affine, *, relu: bool = True) -> jax.Array:
     """Compute scale x + bias of [B, H, W, C], and its ReLU if asked, in float32, stored as x is."""
     y = _widen(x) * _along(affine.scale, x) + _along(affine.bias, x)
-    return (_relu(y) if relu else y).astype(x.dtype)
+    return (jax.nn.relu(y) if relu else y).astype(x.dtype)
 
 
 def _normalize(x, moments, affine, epsilon):
-    slope = lax.mul(lax.rsqrt(moments.var + epsilon), affine.scale)
+    slope = lax.rsqrt(moments.var + epsilon) * affine.scale
     return _affine(x, moments.mean, slope, affine.bias)
 
 
@@ -148,11 +149,18 @@ def _widen(x):
 # times is said in lax: jax.numpy takes three operations to lay a vector along an axis, and a traced call for each sum.
 def _affine(x, mean, slope, bias):
     """Compute (x - mean) slope + bias of [B, H, W, C]."""
+    x, mean, slope, bias = _same_type(x, mean, slope, bias)
     return lax.add(lax.mul(lax.sub(x, _along(mean, x)), _along(slope, x)), _along(bias, x))
 
 
+def _same_type(*arrays):
+    """The arrays in the widest of their types, which lax asks for: with JAX_ENABLE_X64 parameters are float64."""
+    dtype = jnp.result_type(*arrays)
+    return [array.astype(dtype) for array in arrays]
+
+
 def _mean(x):
-    return lax.reduce_sum(x, PIXELS) / (x.size // x.shape[-1])
+    return lax.reduce_sum(x, PIXELS) / math.prod(x.shape[:3])
 
 
 def _along(v, x):
@@ -161,6 +169,7 @@ def _along(v, x):
 
 
 def _relu(x):
+    """max(x, 0), for use under a custom gradient: its own is one half at 0."""
     return lax.max(x, jnp.zeros_like(x))
 
 
