@@ -43,7 +43,12 @@ class BackgroundSaves:
         if jax.process_count() > 1:
             self._write(state, meta, is_best)
         else:
-            self._pending = self._pool.submit(self._write, jax.device_get(state), meta, is_best)
+            self._pending = self._pool.submit(self._write_whole, jax.device_get(state), meta, is_best)
+
+    def check(self) -> None:
+        """Raise the UserError of a save that has failed by now; waits for nothing."""
+        if self._pending is not None and self._pending.done():
+            self._pending.result()
 
     def wait(self) -> None:
         """Return when the last save is on disk.
@@ -54,6 +59,10 @@ class BackgroundSaves:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+        self.latest.wait()
+
+    def _write_whole(self, state: TrainState, meta: dict[str, Any], is_best: bool) -> None:
+        self._write(state, meta, is_best)
         self.latest.wait()
 
     def _write(self, state: TrainState, meta: dict[str, Any], is_best: bool) -> None:

@@ -186,6 +186,7 @@ def train_epoch(
             state, metrics = run.train_step(state, on_device, rate_scale, run.root_key)
             if pending is not None:
                 progress = _fetch(run, state, progress, pending, saves, bar)
+            saves.check()
             pending = batch, metrics
             due = train.checkpoint_every_steps and (epoch_step + 1) % train.checkpoint_every_steps == 0
             ends = distributed.is_stop_due(progress.epoch * num_steps + epoch_step)

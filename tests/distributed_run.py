@@ -30,7 +30,7 @@ PLACES = {
     "start": (train, "append_environment"),
     "training": (train, "put_batch"),
     "dev": (train, "evaluate_split"),
-    "best": (train, "make_meta"),  # of the best state, then of the latest
+    "save": (train, "make_meta"),
     "predict": (outputs, "evaluate_split"),  # dev, then test
     "metrics": (outputs, "compute_run_metrics"),
 }

@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,7 @@ def test_the_best_is_on_disk_before_a_latest_points_to_it(tmp_path, monkeypatch)
     assert found == [["1"], ["1", "2"]]
 
 
-@pytest.mark.parametrize("asks", ["the next save", "wait", "leaving"])
+@pytest.mark.parametrize("asks", ["check", "the next save", "wait", "leaving"])
 def test_a_full_disk_is_told_by_whatever_comes_next(tmp_path, monkeypatch, asks):
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -89,6 +90,10 @@ def test_a_full_disk_is_told_by_whatever_comes_next(tmp_path, monkeypatch, asks)
         saves.save(make_state(2), {})
         if asks == "the next save":
             saves.save(make_state(3), {})
+        elif asks == "check":  # as training does after each step
+            for _ in range(1000):
+                saves.check()
+                time.sleep(0.01)
         elif asks == "wait":
             saves.wait()
     with Checkpoints(tmp_path, "latest", read_only=True) as latest:
@@ -128,8 +133,6 @@ def test_a_signal_does_not_hide_a_full_disk(tmp_path, monkeypatch, asks):
     gate = threading.Event()
 
     def fail(*_, **__):
-        if asks == "while leaving":
-            os.kill(os.getpid(), signal.SIGTERM)
         assert gate.wait(60)
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -137,10 +140,12 @@ def test_a_signal_does_not_hide_a_full_disk(tmp_path, monkeypatch, asks):
         with BackgroundSaves(tmp_path) as saves:
             monkeypatch.setattr(ORBAX_SAVE, fail)
             saves.save(make_state(1), {})
-            threading.Timer(0.3, gate.set).start()
+            threading.Timer(0.6, gate.set).start()
             if asks == "before leaving":
                 os.kill(os.getpid(), signal.SIGTERM)
                 threading.Event().wait(30)
+            else:
+                threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
 
 def test_a_signal_does_not_hide_what_ends_training(tmp_path):

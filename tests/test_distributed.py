@@ -113,7 +113,7 @@ def test_one_process_writes(trained):
         (((), ["--signal=start:1"]), "step 3"),
         (((), ["--signal=dev:1"]), "step 6"),  # the epoch is finished
         (((), ["--signal=dev:2"]), "step 12"),  # of the last epoch
-        (((), ["--signal=best:2"]), "step 6"),
+        (((), ["--signal=save:1"]), "step 6"),
         ((["--signal=predict:1"], ()), "step 12"),
         (((), ["--signal=predict:2"]), "step 12"),
         (((), ["--signal=metrics:1"]), "step 12"),
