@@ -8,10 +8,11 @@ from jax import lax
 from same_function import assert_same_function, perturbed_variables, relative_errors, run
 
 from cxa_jax.errors import UserError
-from cxa_jax.models import dense_kernels, fused_ops, norm_kernel, pool_kernel
+from cxa_jax.models import dense_kernels, fused_norms, norm_kernel, pool_kernel
 from cxa_jax.models.backbones import select_implementation
 from cxa_jax.models.densenet import DenseNet
-from cxa_jax.models.fused_ops import Affine, Moments
+from cxa_jax.models.fused_convolutions import NHWC, conv_1x1
+from cxa_jax.models.fused_norms import Affine, Moments
 from cxa_jax.models.fused_pools import max_pool_3x3
 from cxa_jax.models.fused_stem import convolve_blocks
 from cxa_jax.models.kernel_tiles import choose_rows, is_available
@@ -122,23 +123,21 @@ def test_bfloat16_is_as_close_to_float32_as_the_plain_graph():
 @pytest.mark.parametrize("num_inputs", [32, 64, 96, 128])  # whole steps of 64 channels, and half a one
 @pytest.mark.parametrize(("pixels", "num_programs"), [((1, 16, 1), 528), ((3, 16, 20), 528), ((3, 16, 20), 2)])
 def test_1x1_half_is_its_operations(float64, monkeypatch, num_inputs, pixels, num_programs):
-    """X is the first channels of a longer buffer; what is behind it stays as it was, and does not count."""
+    """S is the first channels of a longer buffer; what is behind it stays as it was, and does not count."""
     monkeypatch.setattr(dense_kernels, "NUM_PROGRAMS", num_programs)
-    features, (moments, norm) = random_array(*pixels, 160), random_norm(num_inputs)
+    features, (_, norm) = random_array(*pixels, 160), random_norm(num_inputs)
     kernel, g, g_features = (random_array(*s) for s in ((1, 1, num_inputs, 128), (*pixels, 128), (*pixels, 160)))
 
-    def forward(x, moments, norm, kernel):
-        return fused_ops.conv_1x1(fused_ops.normalize_relu(x, moments, norm, EPSILON), kernel)
+    def forward(x, norm, kernel):
+        return conv_1x1(jax.nn.relu(x * norm.scale + norm.bias), kernel)
 
-    x = features[..., :num_inputs]
-    expected, pull = jax.vjp(forward, x, moments, norm, kernel)
-    y, y_moments = jax.jit(dense_kernels.bottleneck, static_argnums=4)(features, moments, norm, kernel, EPSILON)
+    expected, pull = jax.vjp(forward, features[..., :num_inputs], norm, kernel)
+    y, y_moments = jax.jit(dense_kernels.bottleneck)(features, norm, kernel)
     np.testing.assert_allclose(y, expected, rtol=1e-11, atol=1e-11)
     np.testing.assert_allclose(y_moments.mean, expected.mean((0, 1, 2)), rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(y_moments.var, expected.var((0, 1, 2)), rtol=1e-10)
 
-    undo = jax.jit(dense_kernels.undo_bottleneck, static_argnums=5)
-    g_buffer, *others = undo(features, g_features, moments, norm, kernel, EPSILON, g)
+    g_buffer, *others = jax.jit(dense_kernels.undo_bottleneck)(features, g_features, norm, kernel, g)
     g_x, *expected = pull(g)
     np.testing.assert_allclose(g_buffer[..., :num_inputs], g_features[..., :num_inputs] + g_x, rtol=1e-11, atol=1e-11)
     np.testing.assert_array_equal(g_buffer[..., num_inputs:], g_features[..., num_inputs:])
@@ -152,7 +151,7 @@ def test_norm_and_relu_are_their_operations(float64, monkeypatch, shape, num_pro
     arguments = (random_array(*shape), *random_norm(shape[-1], seed=5))
     assert_same_function(
         lambda x, m, a: norm_kernel.normalize_relu(x, m, a, EPSILON),
-        lambda x, m, a: fused_ops.normalize_relu(x, m, a, EPSILON),
+        lambda x, m, a: fused_norms.normalize_relu(x, m, a, EPSILON),
         *arguments,
         tolerance=1e-9,
     )
@@ -173,7 +172,7 @@ def test_max_pool_of_other_shapes_is_left_to_xla(float64, shape):
 
 @pytest.mark.parametrize(("height", "width"), [(8, 12), (32, 2), (9, 12), (8, 7)])
 def test_stem_on_blocks_is_the_convolution(float64, height, width):
-    options = dict(window_strides=(2, 2), padding=((3, 3), (3, 3)), dimension_numbers=fused_ops.NHWC)
+    options = dict(window_strides=(2, 2), padding=((3, 3), (3, 3)), dimension_numbers=NHWC)
 
     def blocks(x, kernel):
         return convolve_blocks(

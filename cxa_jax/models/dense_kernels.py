@@ -1,20 +1,19 @@
 """The 1x1 half of a dense layer as two GPU kernels, forward and backward, that touch every feature as seldom as can be.
 
-A GPU trains DenseNet as fast as it moves feature maps. XLA calls a library for the product y = relu(N(X)) K, and what
-a library is given must lie in memory: for layer l, with all c_l channels before it, the normalised copy is written and
+A GPU trains DenseNet as fast as it moves feature maps. XLA calls a library for the product y = relu(N) K, and what a
+library is given must lie in memory: for layer l, with all c_l channels before it, the normalised copy is written and
 read again, the gradient is written before ReLU and norm are undone, and each sum over pixels is one more reading. In
 units of [B, H, W, c_l] that is three passes forward and nine backward. Here it is one and three, for whatever is
-elementwise in X happens while a tile is in registers:
+elementwise in the features happens while a tile is in registers:
 
-  forward   reads X, writes y and each tile's sums of y and y^2, which become y's batch moments;
-  backward  reads X, the gradient g of y and the block's gradient buffer G; for its tile of X it computes relu(N(X))
-            again, adds slope g K^T to G in place where the ReLU was open, and keeps in registers what it sums over
-            pixels: the kernel's gradient relu(N(X))^T g, and the two sums that the gradients of norm and moments are
-            made of.
+  forward   reads S, writes y and each tile's sums of y and y^2, which become y's batch moments;
+  backward  reads S, the gradient g of y and the block's gradient buffer G; for its tile of S it computes relu(N)
+            again, adds scale g K^T to G in place where the ReLU was open, and keeps in registers what it sums over
+            pixels: the kernel's gradient relu(N)^T g, and the norm's.
 
-N(X) = (X - mean) slope + bias with slope = scale / sqrt(var + eps), in float32 as in fused_ops.py. Channels are taken
-in steps of CHANNELS; the last step may reach past c_l into channels that are not the layer's: their slope, bias and
-rows of K are zero, so they add nothing and their G is written back as it was.
+S are the features as fused_dense_block.py stores them, standardised, and N = scale S + bias, in float32. Channels are
+taken in steps of CHANNELS; the last step may reach past c_l into channels that are not the layer's: their scale, bias
+and rows of K are zero, so they add nothing and their G is written back as it was.
 
 The 3x3 half is the GPU's own library's; `undo_growth` puts the rest of its backward pass together.
 """
@@ -28,7 +27,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from cxa_jax.models import norm_kernel
-from cxa_jax.models.fused_ops import Affine, Moments, convolve_3x3, moments_gradient
+from cxa_jax.models.fused_convolutions import convolve_3x3
+from cxa_jax.models.fused_norms import Affine, Moments, moments_gradient
 from cxa_jax.models.kernel_tiles import choose_rows, count_own, fills_tiles, interpret
 
 CHANNELS = 64  # of X in a tile; half of it is the growth of a layer
@@ -43,30 +43,26 @@ def takes(shape: tuple[int, ...]) -> bool:
     return fills_tiles(shape) and shape[3] % (CHANNELS // 2) == 0
 
 
-def bottleneck(
-    features: jax.Array, moments: Moments, norm: Affine, kernel: jax.Array, epsilon: float
-) -> tuple[jax.Array, Moments]:
-    """Compute y = relu(N(X)) K and y's batch moments.
+def bottleneck(features: jax.Array, norm: Affine, kernel: jax.Array) -> tuple[jax.Array, Moments]:
+    """Compute y = relu(N) K and y's batch moments.
 
     Args:
-      features: [B, H, W, C], whose first c channels are X.
-      moments: batch moments of X, [c].
+      features: [B, H, W, C], whose first c channels are S.
       norm: scale and bias, [c].
       kernel: K [1, 1, c, D].
-      epsilon: added to the variances.
 
     Returns:
       y [B, H, W, D] in the type of the features, and its moments [D].
     """
     pixels = features.reshape(-1, features.shape[-1])
-    affine, matrix = _fill_steps(moments, norm, kernel, epsilon, features.dtype)
+    affine, matrix = _fill_steps(norm, kernel, features.dtype)
     rows, num_out = choose_rows(pixels.shape[0], FORWARD_ROWS), kernel.shape[3]
     num_tiles = pixels.shape[0] // rows
     y, sums = pl.pallas_call(
         partial(_bottleneck_kernel, rows=rows),
         out_shape=(
             jax.ShapeDtypeStruct((pixels.shape[0], num_out), features.dtype),
-            jax.ShapeDtypeStruct((num_tiles, 2, num_out), moments.mean.dtype),
+            jax.ShapeDtypeStruct((num_tiles, 2, num_out), affine.dtype),
         ),
         grid=(num_tiles,),
         compiler_params=FORWARD_COMPILER,
@@ -83,8 +79,8 @@ def _bottleneck_kernel(x_ref, affine_ref, matrix_ref, y_ref, sums_ref, *, rows):
 
     def add(i, y):
         channels = pl.ds(i * CHANNELS, CHANNELS)
-        mean, slope, bias = (affine_ref[i, channels][None] for i in range(3))
-        a = jnp.maximum((x_ref[pixels, channels].astype(wide) - mean) * slope + bias, 0)
+        scale, bias = (affine_ref[i, channels][None] for i in range(2))
+        a = jnp.maximum(x_ref[pixels, channels].astype(wide) * scale + bias, 0)
         return y + triton.dot(a.astype(x_ref.dtype), matrix_ref[channels, :])
 
     y = lax.fori_loop(0, num_in // CHANNELS, add, jnp.zeros((rows, num_out), wide)).astype(y_ref.dtype)
@@ -95,27 +91,21 @@ def _bottleneck_kernel(x_ref, affine_ref, matrix_ref, y_ref, sums_ref, *, rows):
 
 
 def undo_bottleneck(
-    features: jax.Array,
-    g_features: jax.Array,
-    moments: Moments,
-    norm: Affine,
-    kernel: jax.Array,
-    epsilon: float,
-    g: jax.Array,
-) -> tuple[jax.Array, Moments, Affine, jax.Array]:
-    """Undo y = relu(N(X)) K for the whole gradient g of y [B, H, W, D], that through y's moments included.
+    features: jax.Array, g_features: jax.Array, norm: Affine, kernel: jax.Array, g: jax.Array
+) -> tuple[jax.Array, Affine, jax.Array]:
+    """Undo y = relu(N) K for the whole gradient g of y [B, H, W, D], that through y's moments included.
 
     Args:
-      features, moments, norm, kernel, epsilon: as in `bottleneck`.
+      features, norm, kernel: as in `bottleneck`.
       g_features: the gradient buffer G, as large as the features.
       g: gradient of y.
 
     Returns:
-      G with X's gradient added to the first c channels, and the gradients of X's moments, norm and kernel.
+      G with S's gradient added to the first c channels, and the gradients of norm and kernel.
     """
     pixels, g_pixels, g = (x.reshape(-1, x.shape[-1]) for x in (features, g_features, g))
-    affine, matrix = _fill_steps(moments, norm, kernel, epsilon, features.dtype)
-    rows, (size, num_out), wide = choose_rows(pixels.shape[0], BACKWARD_ROWS), matrix.shape, moments.mean.dtype
+    affine, matrix = _fill_steps(norm, kernel, features.dtype)
+    rows, (size, num_out), wide = choose_rows(pixels.shape[0], BACKWARD_ROWS), matrix.shape, affine.dtype
     num_splits = min(pixels.shape[0] // rows, max(1, NUM_PROGRAMS * CHANNELS // size))
     g_pixels, sums, g_matrix = pl.pallas_call(
         partial(_undo_kernel, rows=rows, num_splits=num_splits),
@@ -130,28 +120,28 @@ def undo_bottleneck(
         interpret=interpret(),
         name="dense_undo_bottleneck",
     )(pixels, g_pixels, g, affine, matrix)
-    num_inputs = moments.mean.size
-    g_moments, g_norm = norm_kernel.gradients_of_sums(moments, norm, epsilon, *sums.sum(0)[:, :num_inputs])
+    num_inputs = norm.scale.size
+    g_bias, g_scale = sums.sum(0)[:, :num_inputs]
     g_kernel = g_matrix.sum(0)[:num_inputs].astype(kernel.dtype)[None, None]
-    return g_pixels.reshape(features.shape), g_moments, g_norm, g_kernel
+    return g_pixels.reshape(features.shape), Affine(g_scale, g_bias), g_kernel
 
 
 def _undo_kernel(x_ref, old_ref, g_ref, affine_ref, matrix_ref, new_ref, sums_ref, g_matrix_ref, *, rows, num_splits):
     # Neighbouring programs share their pixels, so that g is read from memory once and from the cache by the others.
     num_steps = matrix_ref.shape[0] // CHANNELS
     split, channels = pl.program_id(0) // num_steps, pl.ds(pl.program_id(0) % num_steps * CHANNELS, CHANNELS)
-    (mean, slope, bias), matrix = (affine_ref[i, channels][None] for i in range(3)), matrix_ref[channels, :]
+    (scale, bias), matrix = (affine_ref[i, channels][None] for i in range(2)), matrix_ref[channels, :]
     wide = sums_ref.dtype
 
     def add(i, sums):
         pixels = pl.ds((split + i * num_splits) * rows, rows)
-        centred, g_y = x_ref[pixels, channels].astype(wide) - mean, g_ref[pixels, :]
-        a = centred * slope + bias
+        x, g_y = x_ref[pixels, channels].astype(wide), g_ref[pixels, :]
+        a = x * scale + bias
         g = jnp.where(a > 0, triton.dot(g_y, matrix, trans_b=True), 0)
-        new_ref[pixels, channels] = (old_ref[pixels, channels].astype(wide) + g * slope).astype(new_ref.dtype)
+        new_ref[pixels, channels] = (old_ref[pixels, channels].astype(wide) + g * scale).astype(new_ref.dtype)
         a = jnp.maximum(a, 0).astype(x_ref.dtype)
         g_matrix = triton.dot(a, g_y, trans_a=True)
-        return sums[0] + g, sums[1] + g * centred, sums[2] + g_matrix
+        return sums[0] + g, sums[1] + g * x, sums[2] + g_matrix
 
     zeros = jnp.zeros((rows, CHANNELS), wide)  # summed over its rows at the end alone
     num_tiles = count_own(x_ref.shape[0] // rows, split, num_splits)
@@ -160,10 +150,10 @@ def _undo_kernel(x_ref, old_ref, g_ref, affine_ref, matrix_ref, new_ref, sums_re
     g_matrix_ref[split, channels, :] = g_matrix
 
 
-def _fill_steps(moments, norm, kernel, epsilon, dtype):
-    """Mean, slope and bias [3, c] and K [c, D], with zeros up to a whole number of steps."""
-    missing = -moments.mean.size % CHANNELS
-    affine = jnp.pad(norm_kernel.stack(moments, norm, epsilon), ((0, 0), (0, missing)))
+def _fill_steps(norm, kernel, dtype):
+    """Scale and bias [2, c] and K [c, D], with zeros up to a whole number of steps."""
+    missing = -norm.scale.size % CHANNELS
+    affine = jnp.pad(jnp.stack(norm), ((0, 0), (0, missing)))
     return affine, jnp.pad(kernel[0, 0].astype(dtype), ((0, missing), (0, 0)))
 
 

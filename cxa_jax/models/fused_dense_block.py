@@ -1,31 +1,31 @@
-"""A whole dense block under one custom gradient: one feature buffer, one gradient buffer, shared batch moments.
+"""A whole dense block under one custom gradient: features stored standardised, and one gradient buffer.
 
 Layer l of a dense block reads all channels before it, X_l = [x, o_1, ..., o_(l-1)], and adds 32 of its own,
 
-    a_l = relu(N(X_l; norm1))   y_l = a_l K1   z_l = relu(N(y_l; norm2))   o_l = z_l * K2   (1x1, then 3x3).
+    a_l = relu(N(X_l; norm1))   y_l = a_l K1   z_l = relu(N(y_l; norm2))   o_l = z_l * K2   (1x1, then 3x3),
 
-Written down like that, every layer copies all channels into a new array, measures their batch moments again and keeps
-the normalised copy for the backward pass: traffic and memory grow with the square of the layers. Three remarks help.
+and behind the last one stands a norm and ReLU of all channels X. Written down like that, every layer copies all
+channels into a new array, measures their batch moments again and keeps the normalised copy for the backward pass:
+traffic and memory grow with the square of the layers. Three remarks help.
 
 1. One buffer. X_l is the head X[..., :c_l] of the block's output X, so each layer writes its 32 channels into place.
-2. Shared moments. The batch moments of a channel do not depend on who asks. They are computed once, when the channel
-   is written, and every later norm of the block - and the norm after the block - uses the same numbers. (Scale and
-   bias stay each norm's own.)
-3. One gradient buffer. Treat N(X; mean, var) as a function of three arguments. With slope = scale / sqrt(var + eps)
-   and g the gradient behind norm and ReLU, zero where the ReLU is,
+2. Standardised once. The batch moments of a channel do not depend on who asks, and neither does
+   S = (X - mean) / sqrt(var + eps); scale and bias alone are a norm's own. So it is S that the buffer holds: a channel
+   is measured and standardised when it is written, and all that a norm has to do is N = scale S + bias.
+3. One gradient buffer. With g the gradient behind norm and ReLU, zero where the ReLU is closed, a norm gives
 
-       dX = slope g      dmean = -slope sum g      dvar = -slope / (2 (var + eps)) sum g (X - mean).
+       dS = scale g      dscale = sum g S      dbias = sum g                          (sums over pixels).
 
-   Over the layers these add up: dX in one buffer G as large as X, dmean and dvar in two vectors. A channel is finished
-   once all its readers have been undone, and only then do its moments pass on what they have gathered, once,
+   Over the layers dS adds up in one buffer G as large as S. A channel is finished once all its readers have been
+   undone, and only then its standardisation is undone, once instead of once for each reader:
 
-       G + (dmean + 2 (X - mean) dvar) / pixels,                                          (moments_gradient)
+       dX = (G - (sum G + S sum G S) / pixels) / sqrt(var + eps)                      (undo_standardize).
 
-   instead of once for each reader. Layers are undone last to first, so channels c_l ... c_l + 32 are finished exactly
-   when layer l is due, and the block's input when all are done. What comes from outside for X and its moments is
-   simply the value that G, dmean and dvar start from.
+   These sums need no look at G: a reader adds scale dbias to the first and scale dscale to the second. Layers are
+   undone last to first, so channels c_l ... c_l + 32 are finished exactly when layer l is due, and the block's input
+   when all are done.
 
-Kept between the passes: X, its moments and the bottlenecks y_l (not even those with `recompute`); a_l and z_l are
+Kept between the passes: S, the moments and the bottlenecks y_l (not even those with `recompute`); a_l and z_l are
 elementwise in what is kept and are computed again.
 """
 
@@ -37,20 +37,20 @@ import jax
 import jax.numpy as jnp
 
 from cxa_jax.models import dense_kernels
-from cxa_jax.models.fused_ops import (
+from cxa_jax.models.fused_convolutions import conv_1x1, conv_3x3, undo_conv_1x1, undo_conv_3x3
+from cxa_jax.models.fused_norms import (
     Affine,
     Moments,
+    affine_relu,
     apply_affine,
     compute_moments,
-    conv_1x1,
-    conv_3x3,
-    first_channels,
     fold_batch_norm,
     moments_gradient,
     normalize_relu,
-    undo_conv_1x1,
-    undo_conv_3x3,
+    standardize,
+    undo_affine_relu,
     undo_normalize_relu,
+    undo_standardize,
 )
 
 
@@ -71,28 +71,31 @@ class LayerMoments(NamedTuple):
 
 
 class LayerOps(NamedTuple):
-    """What a platform does in its own way: X_l -> y_l with y_l's moments, and the layer's two halves undone."""
+    """What a platform does in its own way: S_l -> y_l with y_l's moments, and the layer's two halves undone."""
 
     bottleneck: Callable
     undo_bottleneck: Callable
     undo_growth: Callable
 
 
-def _bottleneck(features, moments, norm1, kernel1, epsilon):
-    """The block's buffer, whose first channels are X_l -> y_l and its moments."""
-    y = conv_1x1(normalize_relu(_first(features, moments), moments, norm1, epsilon), kernel1)
+def _bottleneck(features, norm1, kernel1):
+    """The block's buffer, whose first channels are S_l -> y_l and its moments."""
+    y = conv_1x1(affine_relu(_first(features, norm1), norm1), kernel1)
     return y, compute_moments(y)
 
 
-def _undo_bottleneck(features, g_features, moments, norm1, kernel1, epsilon, g):
-    """Add X_l's gradient to the buffer's first channels; return it, and the gradients of moments, norm1 and kernel1."""
-    g_x, *others = _undo(undo_conv_1x1, _first(features, moments), moments, norm1, kernel1, epsilon, g)
-    return _add_to_first(g_features, g_x), *others
+def _undo_bottleneck(features, g_features, norm1, kernel1, g):
+    """Add S_l's gradient to the buffer's first channels; return it, and the gradients of norm1 and kernel1."""
+    x = _first(features, norm1)
+    g, g_kernel1 = undo_conv_1x1((affine_relu(x, norm1), kernel1), g)
+    g, g_norm1 = undo_affine_relu((x, norm1), g)
+    return _add_to_first(g_features, g), g_norm1, g_kernel1
 
 
 def _undo_growth(y, moments, norm2, kernel2, epsilon, g, g_moments):
     """Gradients of y_l, whole, of norm2 and of kernel2 from those of o_l and of y_l's moments."""
-    g_y, g_own, g_norm2, g_kernel2 = _undo(undo_conv_3x3, y, moments, norm2, kernel2, epsilon, g)
+    g, g_kernel2 = undo_conv_3x3((normalize_relu(y, moments, norm2, epsilon), kernel2), g)
+    g_y, g_own, g_norm2 = undo_normalize_relu(epsilon, (y, moments, norm2), g)
     return g_y + moments_gradient(y, moments, jax.tree.map(jnp.add, g_own, g_moments)), g_norm2, g_kernel2
 
 
@@ -105,98 +108,115 @@ def _choose(kernels, x):
     return KERNELS if kernels and dense_kernels.takes(x.shape) else XLA
 
 
-def _growth(y, moments, norm2, kernel2, epsilon):
-    """y_l -> o_l."""
-    return conv_3x3(normalize_relu(y, moments, norm2, epsilon), kernel2)
-
-
-def _undo(undo_conv, x, moments, norm, kernel, epsilon, g):
-    """Gradients of x, moments, norm and kernel behind norm, ReLU and convolution, whose input is computed again."""
-    g, g_kernel = undo_conv((normalize_relu(x, moments, norm, epsilon), kernel), g)
-    return *undo_normalize_relu(epsilon, (x, moments, norm), g), g_kernel
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def dense_block(
-    x: jax.Array, layers: tuple[LayerParams, ...], epsilon: float, recompute: bool = False, kernels: bool = False
+    x: jax.Array,
+    layers: tuple[LayerParams, ...],
+    closing: Affine,
+    epsilon: float,
+    recompute: bool = False,
+    kernels: bool = False,
 ) -> tuple[jax.Array, Moments, tuple[Moments, ...]]:
-    """Apply a dense block in training mode: [B, H, W, C] -> [B, H, W, C + 32 * layers].
+    """Apply a dense block, and the norm and ReLU behind it, in training mode: [B, H, W, C] -> [B, H, W, D].
 
     Args:
       x: input [B, H, W, C].
       layers: one LayerParams a layer, in order; layer i reads the first C + 32 i channels.
+      closing: scale and bias of the norm behind the block, [D], D = C + 32 * layers.
       epsilon: added to every variance.
       recompute: compute the 1x1 convolutions again in the backward pass instead of keeping their outputs.
       kernels: on a GPU, the 1x1 halves of the layers by dense_kernels.py, where it takes the shape.
 
     Returns:
-      The features, the batch moments of all their channels (the norm after the block needs them, and their gradient
-      is part of it), and the moments of each layer's norm2. First-order gradients only.
+      relu(N(X; closing)), the batch moments of all channels of X [D], and the moments of each layer's norm2.
+      First-order gradients only.
     """
-    features, moments, bottlenecks = _forward(x, layers, epsilon, kernels)
-    return features, moments, tuple(m for _, m in bottlenecks)
+    return _dense_block_forward(x, layers, closing, epsilon, recompute, kernels)[0]
 
 
 def _forward(x, layers, epsilon, kernels):
-    num_inputs, ends, ops = x.shape[-1], _ends(x, layers), _choose(kernels, x)
-    features = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, ends[-1] - num_inputs)))
-    moments = compute_moments(x)
-    bottlenecks = []
+    """S, the moments of the input and of each layer's channels, and each layer's y and its moments."""
+    ends, ops = _ends(x, layers), _choose(kernels, x)
+    moments, bottlenecks = [compute_moments(x)], []
+    features = jnp.pad(standardize(x, moments[0], epsilon), ((0, 0), (0, 0), (0, 0), (0, ends[-1] - ends[0])))
     for layer, end in zip(layers, ends, strict=False):
-        y, y_moments = ops.bottleneck(features, moments, layer.norm1, layer.kernel1, epsilon)
-        new = _growth(y, y_moments, layer.norm2, layer.kernel2, epsilon)
+        y, y_moments = ops.bottleneck(features, layer.norm1, layer.kernel1)
+        new = conv_3x3(normalize_relu(y, y_moments, layer.norm2, epsilon), layer.kernel2)
+        moments.append(compute_moments(new))
+        new = standardize(new, moments[-1], epsilon)
         features = jax.lax.dynamic_update_slice_in_dim(features, new, end, axis=3)
-        moments = jax.tree.map(lambda old, add: jnp.concatenate([old, add]), moments, compute_moments(new))
         bottlenecks.append((y, y_moments))
     if ops is KERNELS:  # XLA:GPU would merge the last layer's write with what reads it, and copy the buffer for it
         features = jax.lax.optimization_barrier(features)
     return features, moments, bottlenecks
 
 
-def _dense_block_forward(x, layers, epsilon, recompute, kernels):
+def _dense_block_forward(x, layers, closing, epsilon, recompute, kernels):
     features, moments, bottlenecks = _forward(x, layers, epsilon, kernels)
     y_moments = tuple(m for _, m in bottlenecks)
     kept = tuple(None if recompute else y for y, _ in bottlenecks)
-    return (features, moments, y_moments), (features, moments, y_moments, kept, layers)
+    outputs = affine_relu(features, closing), _join(moments), y_moments
+    return outputs, (features, moments, y_moments, kept, layers, closing)
 
 
 def _dense_block_backward(epsilon, recompute, kernels, saved, g):
-    features, moments, y_moments, kept, layers = saved
-    g_features, g_moments, g_y_moments = g
-    num_inputs, ops = layers[0].kernel1.shape[2], _choose(kernels, features)
-    g_layers = [None] * len(layers)
-    start, end = features.shape[-1], features.shape[-1]
+    features, moments, y_moments, kept, layers, closing = saved
+    g, g_moments, g_y_moments = g
+    ops, g_layers, end = _choose(kernels, features), [None] * len(layers), features.shape[-1]
+    g_features, g_closing = undo_affine_relu((features, closing), g)
+    sums = _add_reader(_sums_behind(moments, epsilon, g_moments), closing, g_closing)
     for i in reversed(range(len(layers))):
-        layer, start, end = layers[i], layers[i].kernel1.shape[2], start
-        g_new = _finished(features, moments, g_features, g_moments, start, end)
-        x_moments, own = first_channels(moments, start), y_moments[i]
-        if recompute or ops is XLA:
-            x_moments, own = _not_before(g_moments, x_moments), _not_before(g_moments, own)
-        y = ops.bottleneck(features, x_moments, layer.norm1, layer.kernel1, epsilon)[0] if recompute else kept[i]
-        g_y, g_norm2, g_kernel2 = ops.undo_growth(y, own, layer.norm2, layer.kernel2, epsilon, g_new, g_y_moments[i])
-        g_features, g_shared, g_norm1, g_kernel1 = ops.undo_bottleneck(
-            features, g_features, x_moments, layer.norm1, layer.kernel1, epsilon, g_y
+        layer, start, x, y = layers[i], layers[i].norm1.scale.size, features, kept[i]
+        g_new = _finished(features, moments[i + 1], epsilon, g_features, sums, slice(start, end))
+        if ops is XLA:
+            x, y = _not_before(sums, (x, y))
+        if recompute:
+            y = ops.bottleneck(x, _not_before(sums, layer.norm1), layer.kernel1)[0]
+        g_y, g_norm2, g_kernel2 = ops.undo_growth(
+            y, y_moments[i], layer.norm2, layer.kernel2, epsilon, g_new, g_y_moments[i]
         )
-        g_moments = jax.tree.map(_add_to_first, g_moments, g_shared)
+        g_features, g_norm1, g_kernel1 = ops.undo_bottleneck(x, g_features, layer.norm1, layer.kernel1, g_y)
+        sums, end = _add_reader(sums, layer.norm1, g_norm1), start
         g_layers[i] = LayerParams(g_norm1, g_kernel1, g_norm2, g_kernel2)
-    return _finished(features, moments, g_features, g_moments, 0, num_inputs), tuple(g_layers)
+    g_x = _finished(features, moments[0], epsilon, g_features, sums, slice(0, end))
+    return g_x, tuple(g_layers), g_closing
 
 
 dense_block.defvjp(_dense_block_forward, _dense_block_backward)
 
 
-def _not_before(g_moments, moments):
-    """Let what is normalised by `moments` wait for `g_moments`, so for the layers undone before.
+def _join(moments):
+    """The moments of all channels.
+
+    Without the barrier XLA takes a layer's share of them, for its running averages, by putting the parts together once
+    more: two programs to compile for each layer.
+    """
+    return jax.lax.optimization_barrier(jax.tree.map(lambda *parts: jnp.concatenate(parts), *moments))
+
+
+def _sums_behind(moments, epsilon, g):
+    """The sums over pixels, of G S as scale and of G as bias, that gradients of X's moments amount to."""
+    _, var = _join(moments)
+    return Affine(-2 * (var + epsilon) * g.var, -jnp.sqrt(var + epsilon) * g.mean)
+
+
+def _add_reader(sums, norm, g_norm):
+    """Add to the sums what a norm's reading adds to them (remark 3); it reads the first channels."""
+    return jax.tree.map(lambda total, g: _add_to_first(total, norm.scale * g), sums, g_norm)
+
+
+def _not_before(sums, tree):
+    """Let what is computed from these arrays wait for `sums`, so for the layers undone before.
 
     Without the tie XLA:CPU, which drops optimisation barriers before it orders the operations, computes the normalised
     activations of all layers as soon as it can, and holds them all: the memory that recomputing was to save.
     """
-    return Moments(moments.mean + 0 * g_moments.mean[0], moments.var)
+    return jax.tree.map(lambda x: x + (0 * sums.scale[0]).astype(x.dtype), tree)
 
 
-def _first(features, moments):
-    """The channels of the buffer that have these moments."""
-    return features[..., : moments.mean.size]
+def _first(features, norm):
+    """The channels of the buffer that a norm reads."""
+    return features[..., : norm.scale.size]
 
 
 def _add_to_first(total, g):
@@ -204,11 +224,10 @@ def _add_to_first(total, g):
     return jax.lax.dynamic_update_slice_in_dim(total, total[..., : g.shape[-1]] + g, 0, axis=total.ndim - 1)
 
 
-def _finished(features, moments, g_features, g_moments, start, end):
-    """The whole gradient of channels start ... end, once all their readers are undone (remark 3)."""
-    part = slice(start, end)
-    own, g_own = (Moments(m.mean[part], m.var[part]) for m in (moments, g_moments))
-    return g_features[..., part] + moments_gradient(features[..., part], own, g_own)
+def _finished(features, moments, epsilon, g_features, sums, part):
+    """The whole gradient of channels of X, once all their readers are undone (remark 3)."""
+    own = jax.tree.map(lambda total: total[part], sums)
+    return undo_standardize(features[..., part], moments, epsilon, g_features[..., part], own)
 
 
 def _ends(x, layers):

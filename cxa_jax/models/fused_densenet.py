@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cxa_jax.models import fused_ops as ops
+from cxa_jax.models import fused_norms
+from cxa_jax.models.fused_convolutions import conv_1x1
 from cxa_jax.models.fused_dense_block import (
     LayerMoments,
     LayerParams,
@@ -57,7 +58,7 @@ class LayerVariables(nn.Module):
 
 
 class Block(nn.Module):
-    """The dense block with the variables of DenseBlock: features, and in training the moments of all their channels."""
+    """The dense block with the variables of DenseBlock, and the norm behind it, whose variables are elsewhere."""
 
     num_layers: int
     growth: int
@@ -67,7 +68,7 @@ class Block(nn.Module):
     kernels: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, ops.Moments | None]:
+    def __call__(self, x: jax.Array, closing: Norm, *, train: bool) -> jax.Array:
         num_inputs = x.shape[-1]
         layers = [
             LayerVariables(num_inputs + self.growth * i, self.bottleneck, self.growth, name=f"layer{i + 1}")
@@ -75,23 +76,31 @@ class Block(nn.Module):
         ]
         params = tuple(layer.params() for layer in layers)
         if not train:
-            return dense_block_inference(x, params, [layer.running() for layer in layers], self.epsilon), None
-        features, moments, bottleneck_moments = dense_block(x, params, self.epsilon, self.recompute, self.kernels)
+            x = dense_block_inference(x, params, [layer.running() for layer in layers], self.epsilon)
+            return closing(x, None, self.epsilon, relu=True)
+        x, moments, bottleneck_moments = dense_block(
+            x, params, closing.affine(), self.epsilon, self.recompute, self.kernels
+        )
+        closing.update(moments)
         for layer, norm2 in zip(layers, bottleneck_moments, strict=True):
-            layer.update(LayerMoments(ops.first_channels(moments, layer.num_inputs), norm2))
-        return features, moments
+            layer.update(LayerMoments(fused_norms.first_channels(moments, layer.num_inputs), norm2))
+        return x
 
 
 class Transition(nn.Module):
-    """The transition with the variables of its namesake; the pool goes first: a mean and a 1x1 product commute."""
+    """The transition with the variables of its namesake; the pool goes first: a mean and a 1x1 product commute.
 
-    epsilon: float
+    Its norm is applied by the block before it, to which it is handed.
+    """
 
-    @nn.compact
-    def __call__(self, x: jax.Array, moments: ops.Moments | None) -> jax.Array:
-        channels = x.shape[-1]
-        norm, conv = Norm(channels, name="norm"), Kernel((1, 1, channels, channels // 2), name="conv")
-        return ops.conv_1x1(avg_pool_2x2(norm(x, moments, self.epsilon, relu=True)), conv.kernel)
+    num_inputs: int
+
+    def setup(self):
+        self.norm = Norm(self.num_inputs)
+        self.conv = Kernel((1, 1, self.num_inputs, self.num_inputs // 2))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return conv_1x1(avg_pool_2x2(x), self.conv.kernel)
 
 
 def fused_densenet(
@@ -109,11 +118,13 @@ def fused_densenet(
     """Build the fused graph in the scope of the calling DenseNet: images [B, H, W, 3] -> F [B, H/32, W/32, C]."""
     padding, convolve = ((3, 3), (3, 3)), convolve_blocks if kernels else None
     x = conv(64, 7, strides=2, padding=padding, dtype=dtype, convolve=convolve, name="stem_conv")(images)
-    moments = ops.compute_moments(x) if train else None
+    moments = fused_norms.compute_moments(x) if train else None
     x = Norm(64, name="stem_norm")(x, moments, epsilon, relu=True, kernels=kernels)
     x = max_pool_3x3(x, kernels=kernels)
     for i, n in enumerate(num_layers, start=1):
-        if i > 1:
-            x = Transition(epsilon, name=f"transition{i - 1}")(x, moments)
-        x, moments = Block(n, growth, bottleneck, epsilon, recompute, kernels, name=f"block{i}")(x, train=train)
-    return Norm(x.shape[-1], name="norm")(x, moments, epsilon, relu=True)
+        num_channels = x.shape[-1] + growth * n
+        block = Block(n, growth, bottleneck, epsilon, recompute, kernels, name=f"block{i}")
+        if i == len(num_layers):
+            return block(x, Norm(num_channels, name="norm"), train=train)
+        transition = Transition(num_channels, name=f"transition{i}")
+        x = transition(block(x, transition.norm, train=train))

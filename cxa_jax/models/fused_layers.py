@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cxa_jax.models import fused_ops as ops
-from cxa_jax.models import norm_kernel
+from cxa_jax.models import fused_norms, norm_kernel
+from cxa_jax.models.fused_convolutions import Pair, conv_1x1, conv_windows
 
 BATCH_NORM_MOMENTUM = 0.99
 MIN_CHANNELS = 16  # of a kernel's input: below, as on an image, a product for each of its cells does not pay
 
 
 def convolve(
-    x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: str | Sequence[ops.Pair], **options
+    x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: str | Sequence[Pair], **options
 ) -> jax.Array:
     """Convolve in place of lax.conv_general_dilated inside nn.Conv; without dilations or groups.
 
@@ -27,12 +27,12 @@ def convolve(
       options: the rest of what nn.Conv hands over, for lax alone.
     """
     if kernel.shape[:2] == (1, 1):
-        return ops.conv_1x1(x[:, :: strides[0], :: strides[1]], kernel)
+        return conv_1x1(x[:, :: strides[0], :: strides[1]], kernel)
     if kernel.shape[2] < MIN_CHANNELS:
         return lax.conv_general_dilated(x, kernel, strides, padding, **options)
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-    return ops.conv_windows(x, kernel, tuple(strides), tuple(map(tuple, padding)))
+    return conv_windows(x, kernel, tuple(strides), tuple(map(tuple, padding)))
 
 
 class Norm(nn.Module):
@@ -53,15 +53,15 @@ class Norm(nn.Module):
         self.mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         self.var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
 
-    def affine(self) -> ops.Affine:
+    def affine(self) -> fused_norms.Affine:
         """Return the learned scale and bias."""
-        return ops.Affine(self.scale, self.bias)
+        return fused_norms.Affine(self.scale, self.bias)
 
-    def running(self) -> ops.Moments:
+    def running(self) -> fused_norms.Moments:
         """Return the running moments."""
-        return ops.Moments(self.mean.value, self.var.value)
+        return fused_norms.Moments(self.mean.value, self.var.value)
 
-    def update(self, moments: ops.Moments) -> None:
+    def update(self, moments: fused_norms.Moments) -> None:
         """Move the running moments towards the batch's, as nn.BatchNorm does: not while initialising."""
         if self.is_initializing():
             return
@@ -69,7 +69,7 @@ class Norm(nn.Module):
             running.value = BATCH_NORM_MOMENTUM * running.value + (1 - BATCH_NORM_MOMENTUM) * batch
 
     def __call__(
-        self, x: jax.Array, moments: ops.Moments | None, epsilon: float, *, relu: bool, kernels: bool = False
+        self, x: jax.Array, moments: fused_norms.Moments | None, epsilon: float, *, relu: bool, kernels: bool = False
     ) -> jax.Array:
         """Normalise x [B, H, W, C] by its moments and note them, or by the running ones if there are none; then ReLU.
 
@@ -77,9 +77,11 @@ class Norm(nn.Module):
         norm and ReLU by norm_kernel.py, on a GPU.
         """
         if moments is None:
-            return ops.apply_affine(x, ops.fold_batch_norm(self.running(), self.affine(), epsilon), relu=relu)
+            return fused_norms.apply_affine(
+                x, fused_norms.fold_batch_norm(self.running(), self.affine(), epsilon), relu=relu
+            )
         self.update(moments)
-        normalize = ops.normalize_relu if relu else ops.normalize
+        normalize = fused_norms.normalize_relu if relu else fused_norms.normalize
         if relu and kernels:
             normalize = norm_kernel.normalize_relu
         return normalize(x, moments, self.affine(), epsilon)

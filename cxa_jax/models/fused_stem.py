@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cxa_jax.models.fused_ops import Pair
+from cxa_jax.models.fused_convolutions import Pair
 
 NUM_CHANNELS = 4  # of a pixel, the last one empty
 

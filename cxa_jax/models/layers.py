@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from cxa_jax.errors import UserError
-from cxa_jax.models import fused_layers, fused_ops, fused_pools
+from cxa_jax.models import fused_convolutions, fused_layers, fused_norms, fused_pools
 from cxa_jax.models.fused_layers import BATCH_NORM_MOMENTUM
 from cxa_jax.models.initialization import glorot_uniform
 
@@ -47,7 +47,8 @@ def check_implementation(implementation: str, choices: Sequence[str] = ("plain",
 def remat(apply: Apply) -> Apply:
     """Let `apply(module, x)` keep x alone for the backward pass and compute the rest again there.
 
-    As nn.remat does, which by itself saves nothing on XLA:CPU: see fused_ops.not_before. First-order gradients only.
+    As nn.remat does, which by itself saves nothing on XLA:CPU: see `fused_convolutions.not_before`. First-order
+    gradients only.
     """
     recomputing = nn.remat(apply)
 
@@ -57,7 +58,7 @@ def remat(apply: Apply) -> Apply:
     def backward(undo: Callable, g: jax.Array) -> tuple:
         # `undo` is a tree of what was kept: x and parameters. A kernel taken for an x would wait too, which is no harm.
         def wait(kept: jax.Array) -> jax.Array:
-            return fused_ops.not_before(g, kept) if kept.ndim == 4 and kept.shape[0] == g.shape[0] else kept
+            return fused_convolutions.not_before(g, kept) if kept.ndim == 4 and kept.shape[0] == g.shape[0] else kept
 
         return jax.tree.map(wait, undo)(g)
 
@@ -129,7 +130,7 @@ def norm(
 ) -> jax.Array:
     """Apply `batch_norm` to [B, H, W, C], then ReLU if asked; its variables are those of the submodule `name`."""
     if implementation == "fused":
-        moments = fused_ops.compute_moments(x) if train else None
+        moments = fused_norms.compute_moments(x) if train else None
         return fused_layers.Norm(x.shape[-1], use_scale, name=name)(x, moments, epsilon, relu=relu)
     x = batch_norm(train=train, epsilon=epsilon, use_scale=use_scale, dtype=dtype, name=name)(x)
     return nn.relu(x) if relu else x
@@ -137,7 +138,7 @@ def norm(
 
 def add_relu(x: jax.Array, shortcut: jax.Array, *, implementation: str = "plain") -> jax.Array:
     """Compute relu(x + shortcut)."""
-    return fused_ops.add_relu(x, shortcut) if implementation == "fused" else nn.relu(x + shortcut)
+    return fused_norms.add_relu(x, shortcut) if implementation == "fused" else nn.relu(x + shortcut)
 
 
 def max_pool_3x3(x: jax.Array, *, padding: int = 1, implementation: str = "plain") -> jax.Array:

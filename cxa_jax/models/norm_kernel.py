@@ -14,8 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from cxa_jax.models import fused_ops
-from cxa_jax.models.fused_ops import Affine, Moments
+from cxa_jax.models import fused_norms
+from cxa_jax.models.fused_norms import Affine, Moments
 from cxa_jax.models.kernel_tiles import choose_rows, count_own, interpret
 
 # As measured on an H200, of eight choices (docs/performance.md).
@@ -27,8 +27,8 @@ COMPILER = triton.CompilerParams(num_warps=4, num_stages=3)
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def normalize_relu(x: jax.Array, moments: Moments, affine: Affine, epsilon: float) -> jax.Array:
-    """The function of this name in fused_ops.py, with its sums over pixels in the backward pass by the kernel."""
-    return fused_ops.normalize_relu(x, moments, affine, epsilon)
+    """The function of this name in fused_norms.py, with its sums over pixels in the backward pass by the kernel."""
+    return fused_norms.normalize_relu(x, moments, affine, epsilon)
 
 
 def _undo_normalize_relu(epsilon, saved, g):
@@ -43,26 +43,19 @@ normalize_relu.defvjp(lambda *args: (normalize_relu(*args), args[:3]), _undo_nor
 def undo_slope(x: jax.Array, moments: Moments, affine: Affine, epsilon: float, g: jax.Array) -> jax.Array:
     """Return x's gradient, moments held fixed, from relu(N(x))'s: slope g where N(x) > 0, in the moments' type."""
     slope = lax.rsqrt(moments.var + epsilon) * affine.scale
-    return jnp.where(fused_ops.normalize(x, moments, affine, epsilon) > 0, g, 0).astype(slope.dtype) * slope
+    return jnp.where(fused_norms.normalize(x, moments, affine, epsilon) > 0, g, 0).astype(slope.dtype) * slope
 
 
 def undo_norm(x: jax.Array, moments: Moments, affine: Affine, epsilon: float, g: jax.Array) -> tuple[Moments, Affine]:
     """Return the gradients of moments and affine from relu(N(x))'s gradient g; x and g are [B, H, W, C]."""
     g_bias, g_slope = _sum_gradients(x, g, moments, affine, epsilon)
-    return gradients_of_sums(moments, affine, epsilon, g_bias, g_slope)
-
-
-def gradients_of_sums(
-    moments: Moments, affine: Affine, epsilon: float, g_bias: jax.Array, g_slope: jax.Array
-) -> tuple[Moments, Affine]:
-    """Return the gradients of moments and affine from the sums over pixels of g and of g (x - mean), both [C]."""
     inv_std = lax.rsqrt(moments.var + epsilon)
     slope = inv_std * affine.scale
     g_moments = Moments(-slope * g_bias, -0.5 * slope * jnp.square(inv_std) * g_slope)
     return g_moments, Affine(inv_std * g_slope, g_bias)
 
 
-def stack(moments: Moments, affine: Affine, epsilon: float) -> jax.Array:
+def _stack(moments: Moments, affine: Affine, epsilon: float) -> jax.Array:
     """Return mean, slope and bias [3, C]: N(x) = (x - mean) slope + bias, in this order also in the kernels.
 
     Written slope x + shift it would be another number in the last digit, and a ReLU here and there would open that is
@@ -84,7 +77,7 @@ def _sum_gradients(x, g, moments, affine, epsilon):
         compiler_params=COMPILER,
         interpret=interpret(),
         name="norm_sums",
-    )(x, g, stack(moments, affine, epsilon))
+    )(x, g, _stack(moments, affine, epsilon))
     return sums.sum(0)
 
 

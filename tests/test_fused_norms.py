@@ -1,4 +1,4 @@
-"""The fused operations against Flax and lax: values and gradients in float64, odd sizes, ties, bfloat16."""
+"""The fused norms against their formulas: values and gradients in float64, ties, bfloat16."""
 
 import flax.linen as nn
 import jax
@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from same_function import assert_same_function
 
-from cxa_jax.models import fused_ops as ops
+from cxa_jax.models import fused_norms as ops
+from cxa_jax.models.fused_convolutions import conv_1x1, conv_3x3
 
 EPSILON = 1e-3
-SIZES = [(1, 2), (5, 6), (7, 9)]
 
 
 @pytest.fixture(autouse=True)
@@ -21,20 +21,6 @@ def float64():
 
 def random_array(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(0.5, 1.5, shape))
-
-
-def convolve(x, kernel):
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_conv_1x1_is_the_convolution(size):
-    assert_same_function(ops.conv_1x1, convolve, random_array(2, *size, 6), random_array(1, 1, 6, 4, seed=1))
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_conv_3x3_is_the_convolution(size):
-    assert_same_function(ops.conv_3x3, convolve, random_array(2, *size, 6), random_array(3, 3, 6, 4, seed=1))
 
 
 def reference_moments(x):
@@ -66,9 +52,10 @@ def test_types_may_differ(narrow):
     assert value.dtype == x.dtype
 
 
-def test_an_affine_map_has_no_gradient_where_its_relu_is_at_zero():
+@pytest.mark.parametrize("function", [ops.apply_affine, ops.affine_relu])
+def test_an_affine_map_has_no_gradient_where_its_relu_is_at_zero(function):
     x, affine = jnp.zeros((1, 2, 2, 3)), ops.Affine(jnp.ones(3), jnp.zeros(3))
-    gradients = jax.grad(lambda x, affine: ops.apply_affine(x, affine).sum(), (0, 1))(x, affine)
+    gradients = jax.grad(lambda x, affine: function(x, affine).sum(), (0, 1))(x, affine)
     assert not any(leaf.any() for leaf in jax.tree.leaves(gradients))
 
 
@@ -100,6 +87,32 @@ def test_normalize_is_its_formula_in_all_three_arguments():
     assert_same_function(fast, reference, random_array(2, 3, 5, 4), *random_norm(4))
 
 
+def test_standardised_once_and_scaled_is_the_norm():
+    x, (_, affine) = random_array(2, 3, 5, 4), random_norm(4)
+    moments = ops.compute_moments(x)
+    scaled = ops.affine_relu(ops.standardize(x, moments, EPSILON), affine)
+    np.testing.assert_allclose(scaled, reference_normalize_relu(x, moments, affine), atol=1e-12)
+
+
+def test_affine_relu_is_its_formula_in_both_arguments():
+    assert_same_function(
+        ops.affine_relu, lambda x, a: nn.relu(x * a.scale + a.bias), random_array(2, 3, 5, 4), random_norm(4)[1]
+    )
+
+
+def test_undone_standardisation_is_the_gradient_through_the_batch_moments():
+    x, g = random_array(2, 3, 5, 4), random_array(2, 3, 5, 4, seed=1)
+    x = x.at[..., 0].set(0.25)  # its variance is exactly 0, clipped: no gradient through it
+
+    def standardize(x):
+        return ops.standardize(x, ops.compute_moments(x), EPSILON)
+
+    expected, pull = jax.vjp(standardize, x)
+    sums = ops.Affine((g * expected).sum((0, 1, 2)), g.sum((0, 1, 2)))
+    found = ops.undo_standardize(expected, ops.compute_moments(x), EPSILON, g, sums)
+    np.testing.assert_allclose(found, pull(g)[0], rtol=1e-10, atol=1e-12)
+
+
 def test_add_relu_is_relu_of_the_sum():
     assert_same_function(ops.add_relu, lambda x, y: nn.relu(x + y), *(random_array(2, 3, 5, 4, seed=s) for s in (1, 2)))
 
@@ -118,7 +131,7 @@ def test_bfloat16_keeps_moments_and_parameter_gradients_in_float32():
     def loss(affine, kernels):
         moments = ops.compute_moments(x)
         assert moments.mean.dtype == moments.var.dtype == jnp.float32
-        y = ops.conv_3x3(ops.conv_1x1(ops.normalize_relu(x, moments, affine, EPSILON), kernels[0]), kernels[1])
+        y = conv_3x3(conv_1x1(ops.normalize_relu(x, moments, affine, EPSILON), kernels[0]), kernels[1])
         assert y.dtype == jnp.bfloat16
         return y.astype(jnp.float32).sum()
 

@@ -1,11 +1,8 @@
-"""Operations of the backbones whose compiled gradients are slow or hungry on XLA:CPU, written so that they are not.
+"""Batch norm and ReLU, cut into pieces that others can put together, whose gradients XLA:CPU computes fast.
 
 Every operation is the same function as its Flax counterpart and keeps only its inputs, or its output, for the backward
-pass. First-order gradients only. All of them are sums, products and slices over [B, H, W, C], so
-that a batch sharded over devices stays sharded and batch moments become global ones.
-
-A product that sums over pixels is written on two-dimensional views [B*H*W, C]: XLA:CPU then reads the left operand as
-it lies, and copies it transposed when the sum runs over three separate axes.
+pass. First-order gradients only. All of them are sums, products and slices over [B, H, W, C], so that a batch sharded
+over devices stays sharded and batch moments become global ones.
 """
 
 import math
@@ -16,9 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Pair = tuple[int, int]
 PIXELS = (0, 1, 2)  # the axes B, H, W of [B, H, W, C]
-NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 class Moments(NamedTuple):
@@ -40,17 +35,7 @@ def first_channels(moments: Moments, num_channels: int) -> Moments:
     return Moments(moments.mean[:num_channels], moments.var[:num_channels])
 
 
-def not_before(g: jax.Array, x: jax.Array) -> jax.Array:
-    """Return x [B, H, W, C], but let what is made of it wait for the gradient g [B, h, w, D].
-
-    XLA:CPU drops optimisation barriers, merges what is computed twice, and computes as early as it can and then holds
-    whatever does not depend on the backward pass: all that recomputing was to save. So x is made to depend on it, each
-    image on its own gradient, so that nothing crosses between devices.
-    """
-    return x + 0 * g[:, :1, :1, :1].astype(x.dtype)
-
-
-# ---- batch norm and ReLU, cut in two: the moments, and the normalisation that is given them ----
+# ---- cut in two: the moments, and the normalisation that is given them ----
 
 
 @jax.custom_vjp
@@ -115,6 +100,54 @@ def undo_normalize_relu(epsilon, saved, g):
 normalize_relu.defvjp(lambda *args: (normalize_relu(*args), args[:3]), undo_normalize_relu)
 
 
+# ---- cut elsewhere: standardised once, by whoever wrote the channels, scaled by each reader ----
+
+
+def standardize(x: jax.Array, moments: Moments, epsilon: float) -> jax.Array:
+    """Compute (x - mean) / sqrt(var + epsilon) of [B, H, W, C], in float32, stored as x is."""
+    wide, mean, inv_std = _same_type(_widen(x), moments.mean, lax.rsqrt(moments.var + epsilon))
+    return lax.mul(lax.sub(wide, _along(mean, x)), _along(inv_std, x)).astype(x.dtype)
+
+
+def undo_standardize(
+    standardized: jax.Array, moments: Moments, epsilon: float, g: jax.Array, sums: Affine
+) -> jax.Array:
+    """Return the gradient of x, that through its own moments included, from that of `standardize(x)`.
+
+    Args:
+      standardized: what `standardize` made of x, [B, H, W, C].
+      moments: the batch moments of x.
+      epsilon: added to the variances.
+      g: gradient of `standardized`.
+      sums: over all pixels, of g * standardized as `scale` and of g as `bias`, [C].
+    """
+    inv_std = lax.rsqrt(moments.var + epsilon)
+    share = -inv_std / math.prod(g.shape[:3])
+    # no gradient through a variance that was clipped
+    slope = lax.select(moments.var > 0, share * sums.scale, jnp.zeros_like(sums.scale))
+    wide, g, inv_std, slope, shift = _same_type(_widen(standardized), _widen(g), inv_std, slope, share * sums.bias)
+    through_moments = lax.add(lax.mul(wide, _along(slope, g)), _along(shift, g))
+    return lax.add(lax.mul(g, _along(inv_std, g)), through_moments).astype(standardized.dtype)
+
+
+@jax.custom_vjp
+def affine_relu(x: jax.Array, affine: Affine) -> jax.Array:
+    """Compute relu(scale x + bias) of [B, H, W, C], in float32, stored as x is."""
+    return _relu(_scale_and_shift(x, affine)).astype(x.dtype)
+
+
+def undo_affine_relu(saved, g):
+    """Return the gradients of x and affine from those two and that of the output."""
+    x, affine = saved
+    wide, g, scale = _same_type(_widen(x), _widen(g), affine.scale)
+    g = lax.select(_scale_and_shift(x, affine) > 0, g, jnp.zeros_like(g))
+    g_affine = Affine(lax.reduce_sum(lax.mul(g, wide), PIXELS), lax.reduce_sum(g, PIXELS))
+    return lax.mul(g, _along(scale, g)).astype(x.dtype), g_affine
+
+
+affine_relu.defvjp(lambda *args: (affine_relu(*args), args), undo_affine_relu)
+
+
 @jax.custom_vjp
 def add_relu(x: jax.Array, shortcut: jax.Array) -> jax.Array:
     """Compute relu(x + shortcut); only the sum's sign is needed for the gradient, and the output has it."""
@@ -163,6 +196,12 @@ def _mean(x):
     return lax.reduce_sum(x, PIXELS) / math.prod(x.shape[:3])
 
 
+def _scale_and_shift(x, affine):
+    """Compute scale x + bias of [B, H, W, C]."""
+    x, scale, bias = _same_type(_widen(x), *affine)
+    return lax.add(lax.mul(x, _along(scale, x)), _along(bias, x))
+
+
 def _along(v, x):
     """v [C] for each pixel of x [B, H, W, C]."""
     return lax.broadcast_in_dim(v, x.shape, (3,))
@@ -171,115 +210,3 @@ def _along(v, x):
 def _relu(x):
     """max(x, 0), for use under a custom gradient: its own is one half at 0."""
     return lax.max(x, jnp.zeros_like(x))
-
-
-# ---- convolutions ----
-
-
-@jax.custom_vjp
-def conv_1x1(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Convolve [B, H, W, C] with [1, 1, C, D]: one matrix product, and two in the backward pass."""
-    return _matmul(x, _matrix(kernel))
-
-
-def undo_conv_1x1(saved, g):
-    """Return the gradients of x and kernel from these two and that of the output."""
-    x, kernel = saved
-    return _matmul(g, _matrix(kernel).T), _pixel_gram(x, g, kernel.dtype).reshape(kernel.shape)
-
-
-conv_1x1.defvjp(lambda x, kernel: (conv_1x1(x, kernel), (x, kernel)), undo_conv_1x1)
-
-
-@jax.custom_vjp
-def conv_3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Convolve [B, H, W, C] with [3, 3, C, D] at stride 1 and padding 1.
-
-    The output at p is sum_d x[p + d - 1] kernel[d], so both gradients read the nine shifts S[q, d] = g[q - d + 1] of
-    the output's gradient: that of x is sum_d S[q, d] kernel[d]^T, that of kernel[d] is sum_q x[q]^T S[q, d]. The shifts
-    lie side by side as one matrix [B*H*W, 9 D], narrow because D is, and each gradient is one product with it.
-    """
-    return convolve_3x3(x, kernel)
-
-
-def convolve_3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Compute what `conv_3x3` does, with the library's gradients."""
-    return _convolve(x, kernel.astype(x.dtype), (1, 1), "SAME")
-
-
-def undo_conv_3x3(saved, g):
-    """Return the gradients of x and kernel from these two and that of the output."""
-    x, kernel = saved
-    num_out = g.shape[-1]
-    shifts = _shifts(g)
-    g_x = _matmul(shifts, kernel.transpose(0, 1, 3, 2).reshape(9 * num_out, -1))
-    g_kernel = _pixel_gram(x, shifts, kernel.dtype).reshape(-1, 3, 3, num_out).transpose(1, 2, 0, 3)
-    return g_x, g_kernel
-
-
-def _shifts(g):
-    """[B, H, W, D] -> [B, H, W, 9 D], S of `conv_3x3`: the three shifts of columns, then the three of rows of those."""
-    for axis in (2, 1):
-        size = g.shape[axis]
-        after = _pad(lax.slice_in_dim(g, 1, size, axis=axis), axis, (0, 1))
-        before = _pad(lax.slice_in_dim(g, 0, size - 1, axis=axis), axis, (1, 0))
-        g = jnp.concatenate([after, g, before], axis=-1)
-    return g
-
-
-def _pad(x, axis, zeros):
-    """Put (before, after) zeros at the ends of one axis."""
-    return lax.pad(x, jnp.zeros((), x.dtype), [(*zeros, 0) if own == axis else (0, 0, 0) for own in range(x.ndim)])
-
-
-conv_3x3.defvjp(lambda x, kernel: (conv_3x3(x, kernel), (x, kernel)), undo_conv_3x3)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def conv_windows(x: jax.Array, kernel: jax.Array, strides: Pair, padding: tuple[Pair, Pair]) -> jax.Array:
-    """Convolve [B, H, W, C] with [kh, kw, C, D]: the gradient of each kernel cell is one product over pixels.
-
-    The output at p is sum_d x[s p + d - low] kernel[d] with strides s and low padding, so the gradient of kernel[d] is
-    sum_p x[s p + d - low]^T g[p]: a strided view of x against g, no larger than either.
-    """
-    return _convolve(x, kernel, strides, padding)
-
-
-def _conv_windows_backward(strides, padding, saved, g):
-    x, kernel = saved
-    _, undo = jax.vjp(lambda x: _convolve(x, kernel, strides, padding), x)
-    padded = jnp.pad(not_before(g, x), ((0, 0), *padding, (0, 0)))
-    grams = [
-        [_pixel_gram(_strided(padded, (i, j), g.shape[1:3], strides), g, kernel.dtype) for j in range(kernel.shape[1])]
-        for i in range(kernel.shape[0])
-    ]
-    return undo(g)[0], jnp.stack([jnp.stack(row) for row in grams])
-
-
-conv_windows.defvjp(lambda *args: (conv_windows(*args), args[:2]), _conv_windows_backward)
-
-
-def _convolve(x, kernel, strides, padding):
-    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC)
-
-
-def _strided(x, start, size, strides):
-    """The cells start, start + strides, ... of [B, H, W, C]: `size` of them along H and W."""
-    (i, j), (rows, cols), (down, right) = start, size, strides
-    return x[:, i : i + (rows - 1) * down + 1 : down, j : j + (cols - 1) * right + 1 : right]
-
-
-def _matrix(kernel):
-    """[1, 1, C, D] -> [C, D]."""
-    return kernel.reshape(kernel.shape[2:])
-
-
-def _matmul(x, matrix):
-    """[B, H, W, C] times [C, D] -> [B, H, W, D]."""
-    return lax.dot_general(x, matrix.astype(x.dtype), (((3,), (0,)), ((), ())))
-
-
-def _pixel_gram(a, b, dtype):
-    """Sum over pixels of a^T b: [B, H, W, C], [B, H, W, D] -> [C, D], accumulated and returned as `dtype`."""
-    a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
-    return lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
