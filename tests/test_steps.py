@@ -15,7 +15,7 @@ from cxa_jax.evidence import linearized_evidence
 from cxa_jax.losses import weighted_binary_cross_entropy
 from cxa_jax.models.cxa import CardioXAttentionNet
 from cxa_jax.optimizer import create_optimizer
-from cxa_jax.steps import is_finite, make_eval_step, make_train_step, mean_of_valid
+from cxa_jax.steps import is_finite, make_eval_step, make_train_step, mean_of_valid, update_if
 from cxa_jax.train_state import TrainState, create_train_state
 
 WEIGHTS = (0.6, 2.0)
@@ -215,3 +215,18 @@ def test_one_number_that_is_not_finite_is_found_wherever_it_is(leaf, value):
     assert bool(is_finite(grads)) and bool(is_finite({"kernel": grads["kernel"]}))
     grads[leaf].flat[-1] = value
     assert not bool(is_finite(grads)) and not bool(jax.jit(is_finite)(grads))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("condition", [True, False])
+def test_an_update_happens_where_its_condition_holds(monkeypatch, platform, condition):
+    """By a conditional and by selections; what the update made is not a number where it does not hold."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    old, new = ({"a": jnp.full(3, 1.0 * value), "n": jnp.int32(value)} for value in (1, 2))
+    bad = {"a": jnp.full(3, jnp.nan), "n": jnp.int32(7)}
+
+    made = new if condition else bad
+    found = jax.jit(lambda condition: update_if(condition, lambda: made, old))(condition)
+    jax.tree.map(np.testing.assert_array_equal, found, new if condition else old)
+    used = str(jax.make_jaxpr(lambda condition: update_if(condition, lambda: made, old))(condition))
+    assert ("cond[" in used) == (platform == "cpu")
