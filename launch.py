@@ -15,6 +15,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from cxa_jax.console import command_exits, log_to_console, shorten_traceback
+from cxa_jax.garbage import keeping_garbage
 from cxa_jax.interruption import held_back
 from cxa_jax.usage import MODES, format_help
 
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> None:
 
 def load(module: str, name: str) -> Callable[..., Any]:
     """Import late, so that --help does not wait for jax, and whole: a signal in the middle would break libraries."""
-    with held_back():
+    with held_back(), keeping_garbage():
         return getattr(importlib.import_module(module), name)
 
 

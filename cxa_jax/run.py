@@ -47,7 +47,8 @@ class Run:
       tx: the optimiser.
       normalization: of the input, as `cxa_jax.data.augment` names it; imported weights bring their own.
       class_weights: (w_neg, w_pos) of the training loss.
-      train_step: jitted (state, batch, rate_scale, root_key) -> (state, metrics), the state donated.
+      train_step: jitted (state, batch, rate_scale, root_key) -> (state, metrics), the state donated. All outputs come
+        out replicated, as the state goes in: a second less to compile than if that were asked for.
       eval_step: jitted.
     """
 
@@ -158,7 +159,7 @@ def create_run(config: ConfigDict, dataset: Dataset | None = None) -> Run:
         tx=tx,
         normalization=normalization,
         class_weights=weights,
-        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=replicated(mesh)),
+        train_step=jax.jit(train_step, donate_argnums=0),
         eval_step=jax.jit(eval_step, out_shardings=fetchable(mesh)),
     )
 

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import gc
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import numpy as np
 from jax.stages import Compiled, Lowered, Traced
 
 from cxa_jax.data.pipeline import read_example
+from cxa_jax.garbage import keeping_garbage
 from cxa_jax.run import Run
 from cxa_jax.sharding import replicated, split
 
@@ -53,25 +53,13 @@ def compiling_train_step(run: Run) -> Iterator[concurrent.futures.Future[StepPro
     XLA compiles without the interpreter's lock, so the body can draw the state's weights meanwhile.
     """
     start = time.perf_counter()
-    with _keeping_garbage():
+    with keeping_garbage():
         lowered = lower_train_step(run, run.config.train.batch_size)
     trace_s = time.perf_counter() - start
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
         program = pool.submit(_compile, lowered, trace_s)
         yield program
         program.result()
-
-
-@contextlib.contextmanager
-def _keeping_garbage() -> Iterator[None]:
-    """Stop Python's garbage collector: a trace makes a million small objects, and nearly all of them live on."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _compile(lowered: Lowered, trace_s: float) -> StepProgram:

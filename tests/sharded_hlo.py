@@ -17,14 +17,15 @@ from cxa_jax.run import create_run
 
 def main(implementation: str) -> None:
     run = create_run(tiny.make_config(**{"model.implementation": implementation}), make_fake_dataset(tiny.SIZE, 8))
-    text = lower_train_step(run, 8).compile(ANALYSIS_ONLY).as_text()
+    compiled = lower_train_step(run, 8).compile(ANALYSIS_ONLY)
     state = run.abstract_state
-    num_bytes = {
+    facts = {
         name: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
         for name, tree in {"params": state.params, "statistics": state.batch_stats}.items()
     }
-    num_bytes["norms"] = len(jax.tree.leaves(state.batch_stats)) // 2
-    print(json.dumps({"devices": run.mesh.size, "collectives": count_collectives(text)} | num_bytes))
+    facts["replicated"] = all(leaf.is_fully_replicated for leaf in jax.tree.leaves(compiled.output_shardings))
+    facts["norms"] = len(jax.tree.leaves(state.batch_stats)) // 2
+    print(json.dumps({"devices": run.mesh.size, "collectives": count_collectives(compiled.as_text())} | facts))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import from its own floor and below.
 FLOORS = [
-    {"errors", "array_types", "interruption", "file_lock", "digests", "device_memory"},
+    {"errors", "array_types", "interruption", "file_lock", "digests", "device_memory", "garbage"},
     {"atomic_files", "console", "masked_cells", "findings", "hlo", "flops", "usage", "distributed"},
     {"pooling", "losses", "metrics", "heat_maps", "boxes", "predictions", "optimizer", "workdir"},
     {"weighted_statistics"},

@@ -168,6 +168,7 @@ def test_devices_exchange_sums_alone(implementation):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert found["devices"] == 4
+    assert found["replicated"]  # the next step's input, as it is
     sums = found["collectives"].pop("all-reduce")
     # Forward two moments, backward two sums of each channel of a norm; statistics hold two numbers for each.
     assert found["params"] <= sums["bytes"] <= found["params"] + 2 * found["statistics"] + 4096

@@ -19,16 +19,19 @@ arguments = parse_arguments(
 if arguments.host_devices != "launcher":
     os.environ["JAX_NUM_CPU_DEVICES"] = arguments.host_devices
 
-import jax  # noqa: E402  (reads JAX_NUM_CPU_DEVICES)
-import numpy as np  # noqa: E402
+from cxa_jax.garbage import keeping_garbage  # noqa: E402
 
-from configs import common  # noqa: E402
-from cxa_jax.data.augment import normalize_images, to_rgb  # noqa: E402
-from cxa_jax.data.fake_xrays import make_fake_dataset  # noqa: E402
-from cxa_jax.run import Run, create_run  # noqa: E402
-from cxa_jax.runtime import set_up_runtime  # noqa: E402
-from cxa_jax.sharding import put_batch, replicated, split  # noqa: E402
-from cxa_jax.warm_up import compiling_train_step  # noqa: E402
+with keeping_garbage():  # as launch.py imports them; jax reads JAX_NUM_CPU_DEVICES
+    import jax
+    import numpy as np
+
+    from configs import common
+    from cxa_jax.data.augment import normalize_images, to_rgb
+    from cxa_jax.data.fake_xrays import make_fake_dataset
+    from cxa_jax.run import Run, create_run
+    from cxa_jax.runtime import set_up_runtime
+    from cxa_jax.sharding import put_batch, replicated, split
+    from cxa_jax.warm_up import compiling_train_step
 
 
 def build_run() -> Run:

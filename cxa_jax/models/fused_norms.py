@@ -159,13 +159,14 @@ add_relu.defvjp(lambda *args: (add_relu(*args),) * 2, lambda out, g: (jnp.where(
 
 def fold_batch_norm(moments: Moments, affine: Affine, epsilon: float) -> Affine:
     """Return the one scale and bias that a batch norm with fixed moments amounts to."""
-    scale = affine.scale * lax.rsqrt(moments.var + epsilon)
-    return Affine(scale, affine.bias - moments.mean * scale)
+    mean, inv_std, scale, bias = _same_type(moments.mean, lax.rsqrt(moments.var + epsilon), *affine)
+    scale = lax.mul(scale, inv_std)
+    return Affine(scale, lax.sub(bias, lax.mul(mean, scale)))
 
 
 def apply_affine(x: jax.Array, affine: Affine, *, relu: bool = True) -> jax.Array:
     """Compute scale x + bias of [B, H, W, C], and its ReLU if asked, in float32, stored as x is."""
-    y = _widen(x) * _along(affine.scale, x) + _along(affine.bias, x)
+    y = _scale_and_shift(x, affine)
     return (jax.nn.relu(y) if relu else y).astype(x.dtype)
 
 
