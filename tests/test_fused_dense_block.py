@@ -83,23 +83,44 @@ def test_bfloat16_is_as_close_to_float32_as_the_plain_graph(float32_case):
     assert all(fused[name] < 1.5 * plain[name] + 1e-3 for name in plain), (fused, plain)
 
 
+def random_block(normal, channels=3, bottleneck=5, growth=2):
+    """Arguments of dense_block: x [2, 4, 5, 3], two layers, the norm behind them."""
+    layers = tuple(
+        LayerParams(
+            Affine(normal(c), normal(c)),
+            normal(1, 1, c, bottleneck),
+            Affine(normal(bottleneck), normal(bottleneck)),
+            normal(3, 3, bottleneck, growth),
+        )
+        for c in (channels, channels + growth)
+    )
+    closing = Affine(*(normal(channels + 2 * growth) for _ in range(2)))
+    return normal(2, 4, 5, channels), layers, closing
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("narrow", "tolerance"), [(jnp.float32, 1e-4), (jnp.bfloat16, 0.1)])
+def test_features_may_be_narrower_than_parameters(narrow, tolerance, recompute):
+    """With JAX_ENABLE_X64 parameters are float64, and images are not."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(3)
+        x, *params = random_block(lambda *shape: jnp.asarray(rng.normal(size=shape)))
+
+        def loss(params, x):
+            return jnp.square(dense_block(x, *params, EPSILON, recompute)[0].astype(jnp.float64)).mean()
+
+        found, expected = (jax.jit(jax.grad(loss))(params, x) for x in (x.astype(narrow), x))
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert a.dtype == jnp.float64
+            assert np.linalg.norm(a - b) <= tolerance * (np.linalg.norm(b) + 1e-3)
+
+
 def test_gradient_through_the_block_moments():
     """What readers of features and moments send back reaches x and every parameter: compare finite differences."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(2)
-        channels, bottleneck, growth = 3, 5, 2
         normal = lambda *shape: jnp.asarray(rng.normal(size=shape))  # noqa: E731
-        layers = tuple(
-            LayerParams(
-                Affine(normal(c), normal(c)),
-                normal(1, 1, c, bottleneck),
-                Affine(normal(bottleneck), normal(bottleneck)),
-                normal(3, 3, bottleneck, growth),
-            )
-            for c in (channels, channels + growth)
-        )
-        closing = Affine(*(normal(channels + 2 * growth) for _ in range(2)))
-        point = (normal(2, 4, 5, channels), layers, closing)
+        point = random_block(normal)
 
         @partial(jax.jit, static_argnums=3)
         def loss(x, layers, closing, recompute=False):

@@ -202,7 +202,7 @@ def _sums_behind(moments, epsilon, g):
 
 def _add_reader(sums, norm, g_norm):
     """Add to the sums what a norm's reading adds to them (remark 3); it reads the first channels."""
-    return jax.tree.map(lambda total, g: _add_to_first(total, norm.scale * g), sums, g_norm)
+    return jax.tree.map(lambda total, g: _add_to_first(total, (norm.scale * g).astype(total.dtype)), sums, g_norm)
 
 
 def _not_before(sums, tree):

@@ -124,28 +124,25 @@ def undo_standardize(
     inv_std = lax.rsqrt(moments.var + epsilon)
     share = -inv_std / math.prod(g.shape[:3])
     # no gradient through a variance that was clipped
-    slope = lax.select(moments.var > 0, share * sums.scale, jnp.zeros_like(sums.scale))
+    slope = share * sums.scale
+    slope = lax.select(moments.var > 0, slope, jnp.zeros_like(slope))
     wide, g, inv_std, slope, shift = _same_type(_widen(standardized), _widen(g), inv_std, slope, share * sums.bias)
     through_moments = lax.add(lax.mul(wide, _along(slope, g)), _along(shift, g))
     return lax.add(lax.mul(g, _along(inv_std, g)), through_moments).astype(standardized.dtype)
 
 
-@jax.custom_vjp
 def affine_relu(x: jax.Array, affine: Affine) -> jax.Array:
-    """Compute relu(scale x + bias) of [B, H, W, C], in float32, stored as x is."""
+    """Compute relu(scale x + bias) of [B, H, W, C], in float32, stored as x is; for use under a custom gradient."""
     return _relu(_scale_and_shift(x, affine)).astype(x.dtype)
 
 
 def undo_affine_relu(saved, g):
-    """Return the gradients of x and affine from those two and that of the output."""
+    """Return the gradients of affine_relu's x and affine from those two and that of the output."""
     x, affine = saved
     wide, g, scale = _same_type(_widen(x), _widen(g), affine.scale)
     g = lax.select(_scale_and_shift(x, affine) > 0, g, jnp.zeros_like(g))
     g_affine = Affine(lax.reduce_sum(lax.mul(g, wide), PIXELS), lax.reduce_sum(g, PIXELS))
     return lax.mul(g, _along(scale, g)).astype(x.dtype), g_affine
-
-
-affine_relu.defvjp(lambda *args: (affine_relu(*args), args), undo_affine_relu)
 
 
 @jax.custom_vjp
