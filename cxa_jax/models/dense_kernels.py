@@ -31,7 +31,7 @@ from cxa_jax.models.fused_convolutions import convolve_3x3
 from cxa_jax.models.fused_norms import Affine, Moments, moments_gradient
 from cxa_jax.models.kernel_tiles import choose_rows, count_own, fills_tiles, interpret
 
-CHANNELS = 64  # of X in a tile; half of it is the growth of a layer
+CHANNELS = 64  # of S in a tile; half of it is the growth of a layer
 # As measured in bfloat16 on an H200: among the fastest of 28 choices forward and 41 backward (docs/performance.md).
 FORWARD_ROWS, FORWARD_COMPILER = 128, triton.CompilerParams(num_warps=4, num_stages=3)
 BACKWARD_ROWS, BACKWARD_COMPILER = 32, triton.CompilerParams(num_warps=4, num_stages=3)

@@ -49,10 +49,13 @@ def compute_moments(x: jax.Array) -> Moments:
 def moments_gradient(x: jax.Array, moments: Moments, g: Moments) -> jax.Array:
     """Return what the moments' gradients `g` add to the gradient of x: (g_mean + 2 (x - mean) g_var) / pixels."""
     num_pixels = math.prod(x.shape[:3])
-    g_mean = g.mean / num_pixels
-    # no gradient where the variance was clipped
-    g_var = lax.select(moments.var > 0, g.var, jnp.zeros_like(g.var)) * (2 / num_pixels)
+    g_mean, g_var = g.mean / num_pixels, _unless_clipped(g.var, moments) * (2 / num_pixels)
     return _affine(_widen(x), moments.mean, g_var, g_mean).astype(x.dtype)
+
+
+def _unless_clipped(g_var, moments):
+    """What goes through the variances, 0 where they were clipped."""
+    return lax.select(moments.var > 0, g_var, jnp.zeros_like(g_var))
 
 
 def _compute_moments_forward(x):
@@ -123,11 +126,9 @@ def undo_standardize(
     """
     inv_std = lax.rsqrt(moments.var + epsilon)
     share = -inv_std / math.prod(g.shape[:3])
-    # no gradient through a variance that was clipped
-    slope = share * sums.scale
-    slope = lax.select(moments.var > 0, slope, jnp.zeros_like(slope))
-    wide, g, inv_std, slope, shift = _same_type(_widen(standardized), _widen(g), inv_std, slope, share * sums.bias)
-    through_moments = lax.add(lax.mul(wide, _along(slope, g)), _along(shift, g))
+    slope, shift = _unless_clipped(share * sums.scale, moments), share * sums.bias
+    through_moments = _scale_and_shift(standardized, Affine(slope, shift))
+    g, inv_std, through_moments = _same_type(_widen(g), inv_std, through_moments)
     return lax.add(lax.mul(g, _along(inv_std, g)), through_moments).astype(standardized.dtype)
 
 
