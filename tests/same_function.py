@@ -5,6 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def random_array(*shape, seed=0):
+    """Numbers around a half, of both signs."""
+    return jnp.asarray(np.random.default_rng(seed).normal(0.5, 1.5, shape))
+
+
 def perturbed_variables(net, images, dtype):
     """Variables far from their initial values, variances positive."""
     rng = np.random.default_rng(0)

@@ -1,24 +1,14 @@
 """The fused convolutions against lax: values and gradients in float64, odd sizes."""
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from same_function import assert_same_function
+from same_function import assert_same_function, random_array
 
 from cxa_jax.models import fused_convolutions as ops
 
 SIZES = [(1, 2), (5, 6), (7, 9)]
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
-def random_array(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(0.5, 1.5, shape))
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def convolve(x, kernel):

@@ -5,22 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from same_function import assert_same_function
+from same_function import assert_same_function, random_array
 
 from cxa_jax.models import fused_norms as ops
 from cxa_jax.models.fused_convolutions import conv_1x1, conv_3x3
 
 EPSILON = 1e-3
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
-def random_array(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(0.5, 1.5, shape))
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def reference_moments(x):

@@ -3,25 +3,16 @@
 from functools import partial
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from same_function import assert_same_function
+from same_function import assert_same_function, random_array
 
 from cxa_jax.models.fused_pools import avg_pool_2x2, max_pool_3x3
 
 SIZES = [(3, 4), (5, 6), (7, 9)]
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
-def random_array(*shape):
-    return jnp.asarray(np.random.default_rng(0).normal(0.5, 1.5, shape))
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def flax_max_pool(x, padding):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from same_function import assert_same_function, perturbed_variables, relative_errors, run
+from same_function import assert_same_function, perturbed_variables, random_array, relative_errors, run
 
 from cxa_jax.errors import UserError
 from cxa_jax.models import dense_kernels, fused_norms, norm_kernel, pool_kernel
@@ -19,16 +19,6 @@ from cxa_jax.models.kernel_tiles import choose_rows, is_available
 
 EPSILON = 1e-3
 KERNELS = ("dense_bottleneck", "dense_undo_bottleneck", "norm_sums", "undo_max_pool")
-
-
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
-def random_array(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(0.3, 1.5, shape))
 
 
 def random_norm(channels, seed=0):
