@@ -21,7 +21,7 @@ import jax  # noqa: E402 (it reads the variable when it is imported)
 import numpy as np  # noqa: E402
 
 from configs import dense121  # noqa: E402
-from cxa_jax.hlo import analyze_cost  # noqa: E402
+from cxa_jax.flops import count_flops  # noqa: E402
 from cxa_jax.models import create_model  # noqa: E402
 from cxa_jax.optimizer import create_optimizer  # noqa: E402
 from cxa_jax.steps import make_train_step  # noqa: E402
@@ -33,8 +33,8 @@ MODELS = {"CXA_Dense121": "", "DenseNet121-GAP": "gap"}  # name: variant of conf
 TARGET = 1.03
 
 
-def make_call(variant: str, image_size: int, batch_size: int) -> tuple[Callable[[], None], dict[str, float]]:
-    """Return a call that does one train step of a fresh model and waits for it, and what XLA counts in it."""
+def make_call(variant: str, image_size: int, batch_size: int) -> tuple[Callable[[], None], int]:
+    """Return a call that does one train step of a fresh model and waits for it, and the step's arithmetic, FLOP."""
     config = dense121.get_config(variant)
     model, tx = create_model(config.model), create_optimizer(1e-4, config.optimizer.momentum)
     step = make_train_step(model, tx, jax.random.key(1), (1.0, 1.0), "min_max", config.augment)
@@ -46,15 +46,15 @@ def make_call(variant: str, image_size: int, batch_size: int) -> tuple[Callable[
         "mask": np.ones(batch_size, bool),
     }
     batch, rate_scale = jax.device_put((batch, np.float32(1)))
-    lowered = jax.jit(step, donate_argnums=0).lower(state, batch, rate_scale)
-    compiled = lowered.compile()
+    traced = jax.jit(step, donate_argnums=0).trace(state, batch, rate_scale)
+    compiled = traced.lower().compile()
 
     def call() -> None:
         nonlocal state
         state, metrics = compiled(state, batch, rate_scale)
         jax.block_until_ready((state, metrics))
 
-    return call, analyze_cost(lowered, compiled, num_devices=1)
+    return call, count_flops(traced.jaxpr.jaxpr)
 
 
 def measure(
@@ -100,9 +100,8 @@ def format_results(results: dict) -> str:
         row = results[clock]
         medians = " | ".join(f"{row[f'median_{name}_s']:.3f} s" for name in MODELS)
         lines.append(f"| {title} | {medians} | {row['ratio']:.4f} [{row['low']:.4f}, {row['high']:.4f}] |")
-    for count, title in (("flops", "arithmetic, FLOP (XLA)"), ("bytes_accessed", "memory traffic, bytes (XLA)")):
-        amm, gap = (results["counts"][name][count] for name in MODELS)
-        lines.append(f"| {title} | {amm:.4g} | {gap:.4g} | {amm / gap:.4f} |")
+    amm, gap = (results["flops"][name] for name in MODELS)
+    lines.append(f"| products and convolutions, FLOP | {amm:.4g} | {gap:.4g} | {amm / gap:.4f} |")
     load = "{:.1f}".format(host["load_average"][0])
     lines += [
         "",
@@ -127,7 +126,7 @@ def main() -> None:
     seconds = measure({name: call for name, (call, _) in made.items()}, options.num_rounds, options.num_warmup)
     results = {clock: summarize_ratio(values) for clock, values in seconds.items()}
     results |= {name: getattr(options, name) for name in ("image_size", "batch_size", "num_rounds")}
-    results["counts"] = {name: counts for name, (_, counts) in made.items()}
+    results["flops"] = {name: flops for name, (_, flops) in made.items()}
     results |= {"seconds": seconds, "host": describe_host(), "environment": describe_environment()}
     options.output.mkdir(parents=True, exist_ok=True)
     write_atomically(options.output / "head_cost.json", to_json(results))

@@ -6,13 +6,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.stages import Compiled, Lowered
+from jax.stages import Compiled
 from ml_collections import ConfigDict
 
 from cxa_jax.console import progress_bar
 from cxa_jax.data.fake_xrays import make_fake_dataset
 from cxa_jax.flops import count_flops
-from cxa_jax.hlo import analyze_cost, analyze_memory, count_collectives
+from cxa_jax.hlo import analyze_memory, count_collectives, count_traffic
 from cxa_jax.measurements import (
     count_measured_images,
     find_largest_batch,
@@ -91,7 +91,7 @@ def _start(run: Run) -> tuple[dict[str, Any], Compiled, TrainState]:
     jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event == CACHE_HIT else None)
     with compiling_train_step(run) as program:  # as training does
         state = run.create_state()
-    lowered, compiled, trace_s, compile_s = program.result()
+    _, compiled, trace_s, compile_s = program.result()
     rate_scale = jax.device_put(np.float32(1), replicated(run.mesh))
     state, metrics = compiled(state, make_step_batch(run), rate_scale, run.root_key)
     float(metrics["loss"])
@@ -103,23 +103,19 @@ def _start(run: Run) -> tuple[dict[str, Any], Compiled, TrainState]:
             "to_first_step_s": process_age(),
             "programs_from_cache": len(hits),
         },
-        "arithmetic": _analyze_cost(run, lowered, compiled),
+        "arithmetic": {"flops": _count_flops(run), "bytes_accessed": count_traffic(compiled, run.mesh.size)},
         "collectives": count_collectives(text),
     }
     return results, compiled, state
 
 
-def _analyze_cost(run: Run, lowered: Lowered, compiled: Compiled) -> dict[str, Any]:
-    """Return arithmetic and traffic; where XLA does not count a GPU's arithmetic, the plain graph's products."""
-    cost = analyze_cost(lowered, compiled, run.mesh.size) | {"counted": "by XLA"}
-    if cost["flops"] is None or run.model.backbone.implementation == "kernels":
-        config = run.config.copy_and_resolve_references()
-        with config.unlocked():
-            config.model.implementation = "plain"  # kernels are as closed as libraries, and count as nothing
-        plain = create_run(config.lock(), run.dataset)
-        jaxpr = trace_train_step(plain, run.config.train.batch_size).jaxpr.jaxpr
-        cost |= {"flops": count_flops(jaxpr), "counted": "products and convolutions of the plain graph"}
-    return cost
+def _count_flops(run: Run) -> int:
+    """The arithmetic that the network asks of a step: of the plain graph, whatever another computes more than once."""
+    config = run.config.copy_and_resolve_references()
+    with config.unlocked():
+        config.model.implementation, config.train.remat = "plain", False
+    plain = create_run(config.lock(), run.dataset)
+    return count_flops(trace_train_step(plain, run.config.train.batch_size).jaxpr.jaxpr)
 
 
 def _compare_with_peak(run: Run, results: dict[str, Any]) -> dict[str, float]:
@@ -143,7 +139,7 @@ def format_table(results: dict[str, Any]) -> str:
         ("peak host memory", f"{memory['host_peak_bytes'] / GIB:.2f} GiB"),
         ("peak device memory", _describe_device(memory["device"])),
         ("step's memory (XLA)", f"{step['all'] / GIB:.2f} GiB, {step['temp'] / GIB:.2f} GiB of it temporary"),
-        ("arithmetic", f"{arithmetic['flops'] / 1e9:.1f} GFLOP, {arithmetic['counted']}"),
+        ("arithmetic", f"{arithmetic['flops'] / 1e9:.1f} GFLOP, the plain graph's products and convolutions"),
         ("memory traffic", _describe_traffic(arithmetic["bytes_accessed"])),
         ("reached", f"{arithmetic['flops_per_s'] / 1e9:.1f} GFLOP/s"),
         ("matrix product's rate", f"{arithmetic['matmul_flops_per_s'] / 1e9:.1f} GFLOP/s"),
@@ -172,7 +168,7 @@ def _describe_seconds(values: dict[str, float]) -> str:
 
 
 def _describe_traffic(num_bytes: float | None) -> str:
-    return "the backend does not tell" if num_bytes is None else f"{num_bytes / 1e9:.1f} GB, by XLA"
+    return "XLA does not tell" if num_bytes is None else f"{num_bytes / 1e9:.1f} GB, by XLA"
 
 
 def _describe_device(device: dict[str, int]) -> str:

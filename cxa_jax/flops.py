@@ -1,4 +1,4 @@
-"""Arithmetic of a traced function, counted where the backend does not tell: a GPU's calls into libraries are closed."""
+"""Arithmetic of a traced function. XLA does not tell it: a GPU's libraries are closed, a loop's body counts once."""
 
 import math
 from typing import Any

@@ -3,15 +3,22 @@
 import collections
 import dataclasses
 import re
+from collections.abc import Iterator
 
 import jax.numpy as jnp
-from jax.stages import Compiled, Lowered
+from jax.stages import Compiled
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 # For compile(): machine code without care, in less time; the HLO and its memory are those of the real program.
 ANALYSIS_ONLY = {"xla_backend_optimization_level": 0}
 # '%name = SHAPE op(' : SHAPE is 'f32[64]{0}' or a tuple of such in brackets; '-done' repeats what '-start' said.
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (?P<shape>\(.*?\)|\S+) (?P<op>[a-z][\w-]*)\(", re.MULTILINE)
+_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
+_CALLED = re.compile(
+    r"(?:calls=|to_apply=|branch_computations=\{|true_computation=|false_computation=)"
+    r"(?P<names>%[\w.-]+(?:, %[\w.-]+)*)"
+)
+_LOOP = re.compile(r"\bbody=%?(?P<body>[\w.-]+)(?:.*\"known_trip_count\":\{\"n\":\"(?P<times>\d+)\"\})?")
 _ARRAY = re.compile(r"\b(?P<type>[a-z]+\d*\w*)\[(?P<sides>[\d,]*)\]")
 _TYPES = {"pred": "bool", "f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 _TYPES |= {
@@ -45,13 +52,35 @@ def count_collectives(text: str) -> dict[str, dict[str, int]]:
         bytes over n devices sends and receives 2 b (n - 1) / n on each.
     """
     found = collections.defaultdict(lambda: {"count": 0, "arrays": 0, "bytes": 0})
-    for instruction in parse_instructions(text):
+    for instruction, times in _walk(text):
         op = instruction.op.removesuffix("-start")
         if op in COLLECTIVES:
-            found[op]["count"] += 1
-            found[op]["arrays"] += len(instruction.arrays)
-            found[op]["bytes"] += instruction.num_bytes
+            found[op]["count"] += times
+            found[op]["arrays"] += times * len(instruction.arrays)
+            found[op]["bytes"] += times * instruction.num_bytes
     return dict(found)
+
+
+def _walk(text: str) -> list[tuple[Instruction, int]]:
+    """Every instruction and how often it runs: in a loop as often as XLA knows, or once."""
+    bodies, entry, lines = {}, None, []
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            lines = bodies[match["name"]] = []
+            entry = match["name"] if match["entry"] else entry
+        else:
+            lines.append(line)
+
+    def visit(name: str, times: int) -> Iterator[tuple[Instruction, int]]:
+        for line in bodies.get(name, ()):
+            yield from ((instruction, times) for instruction in parse_instructions(line))
+            if loop := _LOOP.search(line):
+                yield from visit(loop["body"], times * int(loop["times"] or 1))
+            elif called := _CALLED.search(line):
+                for inner in re.findall(r"[\w.-]+", called["names"]):
+                    yield from visit(inner, times)
+
+    return list(visit(entry, 1))
 
 
 def analyze_memory(compiled: Compiled) -> dict[str, int]:
@@ -69,16 +98,16 @@ def analyze_memory(compiled: Compiled) -> dict[str, int]:
     return parts | {"all": parts["arguments"] + parts["outputs"] - parts["aliased"] + parts["temp"]}
 
 
-def analyze_cost(lowered: Lowered, compiled: Compiled, num_devices: int) -> dict[str, float | None]:
-    """Return 'flops' and 'bytes_accessed' of one call, over all devices; None for what the backend does not tell.
+def count_traffic(compiled: Compiled, num_devices: int) -> float | None:
+    """Return the bytes that one call touches, over all devices; None if XLA does not tell.
 
-    Arithmetic is counted before XLA's passes, because a GPU's convolutions are calls into a library that it does not
-    count afterwards; what a backward pass recomputes is in it. Traffic is counted after fusion, every operand and
-    result of every kernel once, so caches make the real one less.
+    Counted after fusion, every operand and result of every kernel once, so caches make the real traffic less. XLA
+    counts the body of a loop once, so it tells nothing of a program that repeats products, as a DenseNet's may.
     """
-    flops = (lowered.cost_analysis() or {}).get("flops")
+    if any(times > 1 and instruction.op in ("dot", "convolution") for instruction, times in _walk(compiled.as_text())):
+        return None
     num_bytes = (compiled.cost_analysis() or {}).get("bytes accessed")
-    return {"flops": flops, "bytes_accessed": num_bytes and num_bytes * num_devices}
+    return num_bytes and num_bytes * num_devices
 
 
 def _parse_arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:

@@ -15,7 +15,7 @@ import tiny
 from test_pooling import literal_graph
 
 from cxa_jax.data.fake_xrays import make_fake_dataset
-from cxa_jax.hlo import ANALYSIS_ONLY, analyze_cost, analyze_memory, count_collectives, parse_instructions
+from cxa_jax.hlo import ANALYSIS_ONLY, analyze_memory, count_collectives, count_traffic, parse_instructions
 from cxa_jax.measurements import lower_train_step, make_step_batch
 from cxa_jax.pooling import gwap
 from cxa_jax.run import create_run
@@ -62,11 +62,42 @@ def test_text_is_parsed():
     }
 
 
-def test_cost_of_a_matrix_product():
+LOOPS = """
+%body.1 (p: f32[4]) -> f32[4] {
+  ROOT %sum = f32[4]{0} all-reduce(%p), to_apply=%add
+}
+
+%outer (p: f32[4]) -> f32[4] {
+  %while.1 = f32[4]{0} while(%p), condition=%c, body=%body.1, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %choice = f32[4]{0} conditional(%i, %p, %p), branch_computations={%body.1, %body.2}
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %often = f32[4]{0} while(%p), condition=%c, body=%outer, backend_config={"a":{"b":"1"},"known_trip_count":{"n":"5"}}
+  ROOT %who_knows = f32[4]{0} while(%often), condition=%c, body=%body.1
+}
+"""
+
+
+def test_what_is_exchanged_in_loops_counts_as_often_as_it_runs():
+    """3 turns inside each of 5, the branch in each of 5, and the loop whose turns XLA does not know."""
+    assert count_collectives(LOOPS)["all-reduce"] == {"count": 21, "arrays": 21, "bytes": 21 * 16}
+
+
+def test_traffic_of_a_matrix_product():
     a, b = jnp.ones((64, 32)), jnp.ones((32, 16))
-    lowered = jax.jit(jnp.dot).lower(a, b)
-    cost = analyze_cost(lowered, lowered.compile(), num_devices=1)
-    assert cost == {"flops": 2 * 64 * 32 * 16, "bytes_accessed": 4 * (64 * 32 + 32 * 16 + 64 * 16)}
+    compiled = jax.jit(jnp.dot).lower(a, b).compile()
+    assert count_traffic(compiled, num_devices=1) == 4 * (64 * 32 + 32 * 16 + 64 * 16)
+
+
+def test_traffic_of_repeated_products_is_unknown():
+    """XLA counts a loop's body once."""
+    a = jnp.ones((64, 64))
+
+    def repeat(a):
+        return jax.lax.fori_loop(0, 7, lambda _, x: jnp.tanh(x @ a), a)
+
+    assert count_traffic(jax.jit(repeat).lower(a).compile(), num_devices=1) is None
 
 
 def test_nothing_is_computed_in_float64(step):

@@ -5,6 +5,7 @@ only. A product that sums over pixels is written on two-dimensional views [B*H*W
 operand as it lies, and copies it transposed when the sum runs over three separate axes.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -25,16 +26,33 @@ def not_before(g: jax.Array, x: jax.Array) -> jax.Array:
     return x + 0 * g[:, :1, :1, :1].astype(x.dtype)
 
 
+def pixel_gram(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Sum a^T b over pixels: [B, H, W, C], [B, H, W, D] -> [C, D], accumulated and returned as `dtype`."""
+    a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+    return lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
+
+
+def device_grams(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Return `pixel_gram` in parts [N, C, D] whose sum it is: of N devices that share the batch, each computes its own.
+
+    In a loop a sum over devices would be exchanged in every turn; parts are added up behind it, all at once.
+    """
+    num_parts = math.gcd(a.shape[0], jax.device_count())
+    a, b = a.reshape(num_parts, -1, a.shape[-1]), b.reshape(num_parts, -1, b.shape[-1])
+    return lax.dot_general(a, b, (((1,), (1,)), ((0,), (0,))), preferred_element_type=dtype)
+
+
 @jax.custom_vjp
 def conv_1x1(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolve [B, H, W, C] with [1, 1, C, D]: one matrix product, and two in the backward pass."""
     return _matmul(x, _matrix(kernel))
 
 
-def undo_conv_1x1(saved, g):
-    """Return the gradients of x and kernel from these two and that of the output."""
+def undo_conv_1x1(saved, g, gram=pixel_gram):
+    """Return the gradients of x and kernel, from these two and that of the output; the latter as `gram` sums it."""
     x, kernel = saved
-    return _matmul(g, _matrix(kernel).T), _pixel_gram(x, g, kernel.dtype).reshape(kernel.shape)
+    g_kernel = gram(x, g, kernel.dtype)
+    return _matmul(g, _matrix(kernel).T), g_kernel.reshape(*g_kernel.shape[:-2], *kernel.shape)
 
 
 conv_1x1.defvjp(lambda x, kernel: (conv_1x1(x, kernel), (x, kernel)), undo_conv_1x1)
@@ -56,14 +74,14 @@ def convolve_3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _convolve(x, kernel.astype(x.dtype), (1, 1), "SAME")
 
 
-def undo_conv_3x3(saved, g):
-    """Return the gradients of x and kernel from these two and that of the output."""
+def undo_conv_3x3(saved, g, gram=pixel_gram):
+    """Return the gradients of x and kernel, from these two and that of the output; the latter as `gram` sums it."""
     x, kernel = saved
     num_out = g.shape[-1]
     shifts = _shifts(g)
     g_x = _matmul(shifts, kernel.transpose(0, 1, 3, 2).reshape(9 * num_out, -1))
-    g_kernel = _pixel_gram(x, shifts, kernel.dtype).reshape(-1, 3, 3, num_out).transpose(1, 2, 0, 3)
-    return g_x, g_kernel
+    g_kernel = gram(x, shifts, kernel.dtype)
+    return g_x, jnp.moveaxis(g_kernel.reshape(*g_kernel.shape[:-1], 3, 3, num_out), -4, -2)
 
 
 def _shifts(g):
@@ -99,7 +117,7 @@ def _conv_windows_backward(strides, padding, saved, g):
     _, undo = jax.vjp(lambda x: _convolve(x, kernel, strides, padding), x)
     padded = jnp.pad(not_before(g, x), ((0, 0), *padding, (0, 0)))
     grams = [
-        [_pixel_gram(_strided(padded, (i, j), g.shape[1:3], strides), g, kernel.dtype) for j in range(kernel.shape[1])]
+        [pixel_gram(_strided(padded, (i, j), g.shape[1:3], strides), g, kernel.dtype) for j in range(kernel.shape[1])]
         for i in range(kernel.shape[0])
     ]
     return undo(g)[0], jnp.stack([jnp.stack(row) for row in grams])
@@ -126,9 +144,3 @@ def _matrix(kernel):
 def _matmul(x, matrix):
     """[B, H, W, C] times [C, D] -> [B, H, W, D]."""
     return lax.dot_general(x, matrix.astype(x.dtype), (((3,), (0,)), ((), ())))
-
-
-def _pixel_gram(a, b, dtype):
-    """Sum over pixels of a^T b: [B, H, W, C], [B, H, W, D] -> [C, D], accumulated and returned as `dtype`."""
-    a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
-    return lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=dtype)

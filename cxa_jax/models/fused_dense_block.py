@@ -37,7 +37,14 @@ import jax
 import jax.numpy as jnp
 
 from cxa_jax.models import dense_kernels
-from cxa_jax.models.fused_convolutions import conv_1x1, conv_3x3, undo_conv_1x1, undo_conv_3x3
+from cxa_jax.models.fused_convolutions import (
+    conv_1x1,
+    conv_3x3,
+    device_grams,
+    undo_conv_1x1,
+    undo_conv_3x3,
+)
+from cxa_jax.models.fused_layer_groups import LayerParams, loop_layers, split_layers, stack_layers, unstack_layers
 from cxa_jax.models.fused_norms import (
     Affine,
     Moments,
@@ -54,20 +61,19 @@ from cxa_jax.models.fused_norms import (
 )
 
 
-class LayerParams(NamedTuple):
-    """Parameters of one dense layer: norms, kernel1 [1, 1, c, 128], kernel2 [3, 3, 128, 32]."""
-
-    norm1: Affine
-    kernel1: jax.Array
-    norm2: Affine
-    kernel2: jax.Array
-
-
 class LayerMoments(NamedTuple):
     """Moments of the two norms of one dense layer: [c] and [128] channels."""
 
     norm1: Moments
     norm2: Moments
+
+
+class Computed(NamedTuple):
+    """What a layer computed: its channels' moments [32], y [B, H, W, 128] or None, y's moments; or a stack of such."""
+
+    moments: Moments
+    y: jax.Array | None
+    y_moments: Moments
 
 
 class LayerOps(NamedTuple):
@@ -87,14 +93,14 @@ def _bottleneck(features, norm1, kernel1):
 def _undo_bottleneck(features, g_features, norm1, kernel1, g):
     """Add S_l's gradient to the buffer's first channels; return it, and the gradients of norm1 and kernel1."""
     x = _first(features, norm1)
-    g, g_kernel1 = undo_conv_1x1((affine_relu(x, norm1), kernel1), g)
+    g, g_kernel1 = undo_conv_1x1((affine_relu(x, norm1), kernel1), g, device_grams)
     g, g_norm1 = undo_affine_relu((x, norm1), g)
     return _add_to_first(g_features, g), g_norm1, g_kernel1
 
 
 def _undo_growth(y, moments, norm2, kernel2, epsilon, g, g_moments):
     """Gradients of y_l, whole, of norm2 and of kernel2 from those of o_l and of y_l's moments."""
-    g, g_kernel2 = undo_conv_3x3((normalize_relu(y, moments, norm2, epsilon), kernel2), g)
+    g, g_kernel2 = undo_conv_3x3((normalize_relu(y, moments, norm2, epsilon), kernel2), g, device_grams)
     g_y, g_own, g_norm2 = undo_normalize_relu(epsilon, (y, moments, norm2), g)
     return g_y + moments_gradient(y, moments, jax.tree.map(jnp.add, g_own, g_moments)), g_norm2, g_kernel2
 
@@ -135,54 +141,77 @@ def dense_block(
 
 
 def _forward(x, layers, epsilon, kernels):
-    """S, the moments of the input and of each layer's channels, and each layer's y and its moments."""
-    ends, ops = _ends(x, layers), _choose(kernels, x)
-    moments, bottlenecks = [compute_moments(x)], []
-    features = jnp.pad(standardize(x, moments[0], epsilon), ((0, 0), (0, 0), (0, 0), (0, ends[-1] - ends[0])))
-    for layer, end in zip(layers, ends, strict=False):
-        y, y_moments = ops.bottleneck(features, layer.norm1, layer.kernel1)
-        new = conv_3x3(normalize_relu(y, y_moments, layer.norm2, epsilon), layer.kernel2)
-        moments.append(compute_moments(new))
-        new = standardize(new, moments[-1], epsilon)
-        features = jax.lax.dynamic_update_slice_in_dim(features, new, end, axis=3)
-        bottlenecks.append((y, y_moments))
+    """S, the moments of the input, and what the layers of each group computed."""
+    ops = _choose(kernels, x)
+    moments, computed = compute_moments(x), []
+    num_added = len(layers) * layers[0].growth
+    features = jnp.pad(standardize(x, moments, epsilon), ((0, 0), (0, 0), (0, 0), (0, num_added)))
+    for group in split_layers(layers, one_by_one=ops is KERNELS):
+        features, own = loop_layers(partial(_apply_layer, ops, epsilon), features, stack_layers(group))
+        computed.append(own)
     if ops is KERNELS:  # XLA:GPU would merge the last layer's write with what reads it, and copy the buffer for it
         features = jax.lax.optimization_barrier(features)
-    return features, moments, bottlenecks
+    return features, moments, computed
+
+
+def _apply_layer(ops, epsilon, features, inputs):
+    """Write one layer's channels, standardised, into the buffer."""
+    layer, start = inputs
+    y, y_moments = ops.bottleneck(features, layer.norm1, layer.kernel1)
+    new = conv_3x3(normalize_relu(y, y_moments, layer.norm2, epsilon), layer.kernel2)
+    moments = compute_moments(new)
+    new = standardize(new, moments, epsilon)
+    return jax.lax.dynamic_update_slice_in_dim(features, new, start, axis=3), Computed(moments, y, y_moments)
 
 
 def _dense_block_forward(x, layers, closing, epsilon, recompute, kernels):
-    features, moments, bottlenecks = _forward(x, layers, epsilon, kernels)
-    y_moments = tuple(m for _, m in bottlenecks)
-    kept = tuple(None if recompute else y for y, _ in bottlenecks)
-    outputs = affine_relu(features, closing), _join(moments), y_moments
-    return outputs, (features, moments, outputs[1], y_moments, kept, layers, closing)
+    features, moments, computed = _forward(x, layers, epsilon, kernels)
+    y_moments = [own.y_moments for own in computed]
+    all_moments = _join([moments, *(jax.tree.map(jnp.ravel, own.moments) for own in computed)])
+    outputs = affine_relu(features, closing), all_moments, tuple(m for group in y_moments for m in _rows(group))
+    if recompute:
+        computed = [own._replace(y=None) for own in computed]
+    return outputs, (features, moments, all_moments, computed, layers, closing)
 
 
 def _dense_block_backward(epsilon, recompute, kernels, saved, g):
-    features, moments, all_moments, y_moments, kept, layers, closing = saved
+    features, moments, all_moments, computed, layers, closing = saved
     g, g_moments, g_y_moments = g
-    ops, g_layers, end = _choose(kernels, features), [None] * len(layers), features.shape[-1]
+    ops, g_layers, end = _choose(kernels, features), [], len(layers)
     g_features, g_closing = undo_affine_relu((features, closing), g)
     sums = _add_reader(_sums_behind(all_moments, epsilon, g_moments), closing, g_closing)
-    for i in reversed(range(len(layers))):
-        layer, start, x, y = layers[i], layers[i].norm1.scale.size, features, kept[i]
-        g_new = _finished(features, moments[i + 1], epsilon, g_features, sums, slice(start, end))
-        if ops is XLA:
-            x, y = _not_before(sums, (x, y))
-        if recompute:
-            y = ops.bottleneck(x, _not_before(sums, layer.norm1), layer.kernel1)[0]
-        g_y, g_norm2, g_kernel2 = ops.undo_growth(
-            y, y_moments[i], layer.norm2, layer.kernel2, epsilon, g_new, g_y_moments[i]
-        )
-        g_features, g_norm1, g_kernel1 = ops.undo_bottleneck(x, g_features, layer.norm1, layer.kernel1, g_y)
-        sums, end = _add_reader(sums, layer.norm1, g_norm1), start
-        g_layers[i] = LayerParams(g_norm1, g_kernel1, g_norm2, g_kernel2)
-    g_x = _finished(features, moments[0], epsilon, g_features, sums, slice(0, end))
+    groups = split_layers(layers, one_by_one=ops is KERNELS)
+    for group, own in zip(reversed(groups), reversed(computed), strict=True):
+        start = end - len(group)
+        g_own = jax.tree.map(lambda *rows: jnp.stack(rows), *g_y_moments[start:end])
+        # What all layers of the group read, cut out once, but not yet; the GPU's kernels find it themselves.
+        readable = features if ops is KERNELS else _not_before(sums, _first(features, group[-1].norm1))
+        undo = partial(_undo_layer, ops, epsilon, features, readable)
+        inputs = *stack_layers(group), own, g_own
+        (g_features, sums), stack = loop_layers(undo, (g_features, sums), inputs, reverse=True)
+        g_layers, end = unstack_layers(stack, group) + g_layers, start
+    g_x = _finished(features, moments, epsilon, g_features, sums, 0)
     return g_x, tuple(g_layers), g_closing
 
 
+def _undo_layer(ops, epsilon, features, readable, carry, inputs):
+    """Undo one layer: its share of the gradient buffer and of the sums, and its parameters' gradients."""
+    (g_features, sums), (layer, start, own, g_y_moments) = carry, inputs
+    g_new = _finished(features, own.moments, epsilon, g_features, sums, start)
+    y = _not_before(sums, own.y) if ops is XLA else own.y
+    if y is None:
+        y = ops.bottleneck(readable, _not_before(sums, layer.norm1), layer.kernel1)[0]
+    g_y, g_norm2, g_kernel2 = ops.undo_growth(y, own.y_moments, layer.norm2, layer.kernel2, epsilon, g_new, g_y_moments)
+    g_features, g_norm1, g_kernel1 = ops.undo_bottleneck(readable, g_features, layer.norm1, layer.kernel1, g_y)
+    return (g_features, _add_reader(sums, layer.norm1, g_norm1)), LayerParams(g_norm1, g_kernel1, g_norm2, g_kernel2)
+
+
 dense_block.defvjp(_dense_block_forward, _dense_block_backward)
+
+
+def _rows(stack):
+    """The Moments of each row of Moments [n, c]."""
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(len(stack.mean))]
 
 
 def _join(moments):
@@ -223,15 +252,18 @@ def _add_to_first(total, g):
     return jax.lax.dynamic_update_slice_in_dim(total, total[..., : g.shape[-1]] + g, 0, axis=total.ndim - 1)
 
 
-def _finished(features, moments, epsilon, g_features, sums, part):
-    """The whole gradient of channels of X, once all their readers are undone (remark 3)."""
-    own = jax.tree.map(lambda total: total[part], sums)
-    return undo_standardize(features[..., part], moments, epsilon, g_features[..., part], own)
+def _finished(features, moments, epsilon, g_features, sums, start):
+    """The whole gradient of the channels of X with these moments, once all their readers are undone (remark 3)."""
+
+    def cut(x):
+        return jax.lax.dynamic_slice_in_dim(x, start, moments.mean.size, axis=x.ndim - 1)
+
+    return undo_standardize(cut(features), moments, epsilon, cut(g_features), jax.tree.map(cut, sums))
 
 
 def _ends(x, layers):
     """Channels in the buffer before each layer, and after the last."""
-    return [x.shape[-1]] + [layer.kernel1.shape[2] + layer.kernel2.shape[3] for layer in layers]
+    return [x.shape[-1]] + [layer.num_inputs + layer.growth for layer in layers]
 
 
 def dense_block_inference(
