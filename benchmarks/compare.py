@@ -114,6 +114,8 @@ def parse_arguments() -> argparse.Namespace:
         unknown = set(getattr(arguments, flag).split(",")) - set(known)
         if unknown:
             parser.error(f"--{flag}: unknown {', '.join(sorted(unknown))}; known are {', '.join(known)}")
+    if pathlib.Path(arguments.name).name != arguments.name:
+        parser.error(f"--name={arguments.name} is a path: give a name, and its folder by --results")
     return arguments
 
 

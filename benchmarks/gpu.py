@@ -38,6 +38,8 @@ def main() -> None:
     parser.add_argument("--peers_python", default=sys.executable, help="with benchmarks/requirements.txt")
     parser.add_argument("--results", default=str(compare.HERE / "results"), help="folder of the outcome")
     arguments = parser.parse_args()
+    if pathlib.Path(arguments.name).name != arguments.name:
+        parser.error(f"--name={arguments.name} is a path: give a name, and its folder by --results")
     phases = [[part.split(",") for part in phase.split("/")] for phase in arguments.phases]
     for phase, text in zip(phases, arguments.phases, strict=True):
         if len(phase) != 4 or set(phase[3]) - set(compare.PROGRAMS):

@@ -22,9 +22,9 @@ import numpy as np  # noqa: E402
 
 from configs import dense121  # noqa: E402
 from cxa_jax.flops import count_flops  # noqa: E402
-from cxa_jax.models import create_model  # noqa: E402
+from cxa_jax.models import CardioXAttentionNet, create_model  # noqa: E402
 from cxa_jax.optimizer import create_optimizer  # noqa: E402
-from cxa_jax.steps import make_train_step  # noqa: E402
+from cxa_jax.steps import TrainStep, make_train_step  # noqa: E402
 from cxa_jax.timing import describe_host  # noqa: E402
 from cxa_jax.train_state import create_train_state  # noqa: E402
 from cxa_jax.workdir import describe_environment, to_json, write_atomically  # noqa: E402
@@ -34,10 +34,16 @@ TARGET = 1.03
 
 
 def make_call(variant: str, image_size: int, batch_size: int) -> tuple[Callable[[], None], int]:
-    """Return a call that does one train step of a fresh model and waits for it, and the step's arithmetic, FLOP."""
+    """Return a call that does one train step of a fresh model and waits for it, and the plain graph's FLOP."""
     config = dense121.get_config(variant)
-    model, tx = create_model(config.model), create_optimizer(1e-4, config.optimizer.momentum)
-    step = make_train_step(model, tx, jax.random.key(1), (1.0, 1.0), "min_max", config.augment)
+    tx = create_optimizer(1e-4, config.optimizer.momentum)
+
+    def make_step(implementation: str) -> tuple[CardioXAttentionNet, TrainStep]:
+        config.model.implementation = implementation
+        model = create_model(config.model)
+        return model, make_train_step(model, tx, jax.random.key(1), (1.0, 1.0), "min_max", config.augment)
+
+    model, step = make_step(config.model.implementation)
     state = create_train_state(jax.random.key(0), model, tx, image_size)
     rng = np.random.default_rng(0)
     batch = {
@@ -46,15 +52,15 @@ def make_call(variant: str, image_size: int, batch_size: int) -> tuple[Callable[
         "mask": np.ones(batch_size, bool),
     }
     batch, rate_scale = jax.device_put((batch, np.float32(1)))
-    traced = jax.jit(step, donate_argnums=0).trace(state, batch, rate_scale)
-    compiled = traced.lower().compile()
+    plain = jax.make_jaxpr(make_step("plain")[1])(state, batch, rate_scale)
+    compiled = jax.jit(step, donate_argnums=0).lower(state, batch, rate_scale).compile()
 
     def call() -> None:
         nonlocal state
         state, metrics = compiled(state, batch, rate_scale)
         jax.block_until_ready((state, metrics))
 
-    return call, count_flops(traced.jaxpr.jaxpr)
+    return call, count_flops(plain.jaxpr)
 
 
 def measure(

@@ -91,7 +91,7 @@ def _start(run: Run) -> tuple[dict[str, Any], Compiled, TrainState]:
     jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event == CACHE_HIT else None)
     with compiling_train_step(run) as program:  # as training does
         state = run.create_state()
-    _, compiled, trace_s, compile_s = program.result()
+    compiled, trace_s, compile_s = program.result()
     rate_scale = jax.device_put(np.float32(1), replicated(run.mesh))
     state, metrics = compiled(state, make_step_batch(run), rate_scale, run.root_key)
     float(metrics["loss"])

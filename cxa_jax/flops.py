@@ -1,4 +1,4 @@
-"""Arithmetic of a traced function. XLA does not tell it: a GPU's libraries are closed, a loop's body counts once."""
+"""Arithmetic of a traced function. XLA does not tell it: a GPU's libraries are closed, a scan counts as one turn."""
 
 import math
 from typing import Any

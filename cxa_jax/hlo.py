@@ -1,4 +1,4 @@
-"""What XLA says of a compiled program: memory, arithmetic, traffic, and what crosses between devices."""
+"""What XLA says of a compiled program: memory, traffic, and what crosses between devices."""
 
 import collections
 import dataclasses
@@ -11,14 +11,12 @@ from jax.stages import Compiled
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 # For compile(): machine code without care, in less time; the HLO and its memory are those of the real program.
 ANALYSIS_ONLY = {"xla_backend_optimization_level": 0}
+SMALL_BYTES = 16 << 10  # an array in a loop that is no matter for the traffic
 # '%name = SHAPE op(' : SHAPE is 'f32[64]{0}' or a tuple of such in brackets; '-done' repeats what '-start' said.
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (?P<shape>\(.*?\)|\S+) (?P<op>[a-z][\w-]*)\(", re.MULTILINE)
-_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
-_CALLED = re.compile(
-    r"(?:calls=|to_apply=|branch_computations=\{|true_computation=|false_computation=)"
-    r"(?P<names>%[\w.-]+(?:, %[\w.-]+)*)"
-)
-_LOOP = re.compile(r"\bbody=%?(?P<body>[\w.-]+)(?:.*\"known_trip_count\":\{\"n\":\"(?P<times>\d+)\"\})?")
+_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%(?P<name>[\w.-]+) \(.*\{$")
+_CALLED = re.compile(r"(?:calls=|to_apply=|branch_computations=\{)(?P<names>%[\w.-]+(?:, %[\w.-]+)*)")
+_LOOP = re.compile(r"\bbody=%(?P<body>[\w.-]+)(?:.*\"known_trip_count\":\{\"n\":\"(?P<times>\d+)\"\})?")
 _ARRAY = re.compile(r"\b(?P<type>[a-z]+\d*\w*)\[(?P<sides>[\d,]*)\]")
 _TYPES = {"pred": "bool", "f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 _TYPES |= {
@@ -52,7 +50,7 @@ def count_collectives(text: str) -> dict[str, dict[str, int]]:
         bytes over n devices sends and receives 2 b (n - 1) / n on each.
     """
     found = collections.defaultdict(lambda: {"count": 0, "arrays": 0, "bytes": 0})
-    for instruction, times in _walk(text):
+    for instruction, times, _ in _walk(text):
         op = instruction.op.removesuffix("-start")
         if op in COLLECTIVES:
             found[op]["count"] += times
@@ -61,8 +59,11 @@ def count_collectives(text: str) -> dict[str, dict[str, int]]:
     return dict(found)
 
 
-def _walk(text: str) -> list[tuple[Instruction, int]]:
-    """Every instruction and how often it runs: in a loop as often as XLA knows, or once."""
+def _walk(text: str) -> Iterator[tuple[Instruction, int, bool]]:
+    """Every instruction, how often it runs, and whether in a loop: there as often as XLA knows, or once.
+
+    Of a condition all branches run; of the train step's one is empty.
+    """
     bodies, entry, lines = {}, None, []
     for line in text.splitlines():
         if match := _COMPUTATION.match(line):
@@ -70,17 +71,19 @@ def _walk(text: str) -> list[tuple[Instruction, int]]:
             entry = match["name"] if match["entry"] else entry
         else:
             lines.append(line)
+    if entry is None:
+        raise ValueError("no text of a compiled module: it has no line 'ENTRY %name (...) -> ... {'")
 
-    def visit(name: str, times: int) -> Iterator[tuple[Instruction, int]]:
-        for line in bodies.get(name, ()):
-            yield from ((instruction, times) for instruction in parse_instructions(line))
+    def visit(name: str, times: int, looped: bool) -> Iterator[tuple[Instruction, int, bool]]:
+        for line in bodies[name]:
+            yield from ((instruction, times, looped) for instruction in parse_instructions(line))
             if loop := _LOOP.search(line):
-                yield from visit(loop["body"], times * int(loop["times"] or 1))
+                yield from visit(loop["body"], times * int(loop["times"] or 1), True)
             elif called := _CALLED.search(line):
                 for inner in re.findall(r"[\w.-]+", called["names"]):
-                    yield from visit(inner, times)
+                    yield from visit(inner, times, looped)
 
-    return list(visit(entry, 1))
+    return visit(entry, 1, False)
 
 
 def analyze_memory(compiled: Compiled) -> dict[str, int]:
@@ -102,9 +105,9 @@ def count_traffic(compiled: Compiled, num_devices: int) -> float | None:
     """Return the bytes that one call touches, over all devices; None if XLA does not tell.
 
     Counted after fusion, every operand and result of every kernel once, so caches make the real traffic less. XLA
-    counts the body of a loop once, so it tells nothing of a program that repeats products, as a DenseNet's may.
+    counts the body of a loop once, so it tells nothing of a program that does more in loops than draw random numbers.
     """
-    if any(times > 1 and instruction.op in ("dot", "convolution") for instruction, times in _walk(compiled.as_text())):
+    if any(looped and instruction.num_bytes > SMALL_BYTES for instruction, _, looped in _walk(compiled.as_text())):
         return None
     num_bytes = (compiled.cost_analysis() or {}).get("bytes accessed")
     return num_bytes and num_bytes * num_devices

@@ -74,6 +74,12 @@ def test_unknown_names_are_refused(compare, monkeypatch, tmp_path, capsys):
     assert "--programs: unknown fats; known are fast" in capsys.readouterr().err
 
 
+def test_a_path_as_name_is_refused_before_anything_runs(compare, monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(compare, monkeypatch, tmp_path, "--name=some/where")
+    assert "--name=some/where is a path" in capsys.readouterr().err
+
+
 def test_nothing_to_compare_is_an_error(compare, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="no program could be started"):
         run(compare, monkeypatch, tmp_path, "--programs=broken")

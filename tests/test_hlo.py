@@ -63,13 +63,21 @@ def test_text_is_parsed():
 
 
 LOOPS = """
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
 %body.1 (p: f32[4]) -> f32[4] {
   ROOT %sum = f32[4]{0} all-reduce(%p), to_apply=%add
 }
 
+%nothing (p: f32[4]) -> f32[4] {
+  ROOT %p = f32[4]{0} parameter(0)
+}
+
 %outer (p: f32[4]) -> f32[4] {
   %while.1 = f32[4]{0} while(%p), condition=%c, body=%body.1, backend_config={"known_trip_count":{"n":"3"}}
-  ROOT %choice = f32[4]{0} conditional(%i, %p, %p), branch_computations={%body.1, %body.2}
+  ROOT %choice = f32[4]{0} conditional(%i, %p, %p), branch_computations={%body.1, %nothing}
 }
 
 ENTRY %main (p: f32[4]) -> f32[4] {
@@ -90,14 +98,22 @@ def test_traffic_of_a_matrix_product():
     assert count_traffic(compiled, num_devices=1) == 4 * (64 * 32 + 32 * 16 + 64 * 16)
 
 
-def test_traffic_of_repeated_products_is_unknown():
-    """XLA counts a loop's body once."""
-    a = jnp.ones((64, 64))
+@pytest.mark.parametrize("turn", [lambda x: x @ x, jnp.tanh])
+def test_traffic_of_loops_is_unknown(turn):
+    """XLA counts a loop's body once, and of some loops not even how many turns they take."""
+    a = jnp.ones((128, 128))
 
-    def repeat(a):
-        return jax.lax.fori_loop(0, 7, lambda _, x: jnp.tanh(x @ a), a)
+    def repeat(a, n=7):
+        return jax.lax.fori_loop(0, n, lambda _, x: turn(x), a)
 
     assert count_traffic(jax.jit(repeat).lower(a).compile(), num_devices=1) is None
+    assert count_traffic(jax.jit(repeat).lower(a, 7).compile(), num_devices=1) is None
+
+
+def test_text_of_something_else_is_refused():
+    """Nothing exchanged and nothing understood are not the same."""
+    with pytest.raises(ValueError, match="ENTRY"):
+        count_collectives("HloModule m")
 
 
 def test_nothing_is_computed_in_float64(step):

@@ -33,9 +33,10 @@ def pixel_gram(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def device_grams(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Return `pixel_gram` in parts [N, C, D] whose sum it is: of N devices that share the batch, each computes its own.
+    """Return `pixel_gram` in parts [N, C, D] whose sum it is, N the most of all devices that divide the batch.
 
-    In a loop a sum over devices would be exchanged in every turn; parts are added up behind it, all at once.
+    In a loop a sum over devices would be exchanged in every turn; parts are added up behind it, all at once. If the
+    devices that share the batch are a divisor of N, as those of `create_mesh` are, no part lies on two of them.
     """
     num_parts = math.gcd(a.shape[0], jax.device_count())
     a, b = a.reshape(num_parts, -1, a.shape[-1]), b.reshape(num_parts, -1, b.shape[-1])

@@ -27,6 +27,9 @@ traffic and memory grow with the square of the layers. Three remarks help.
 
 Kept between the passes: S, the moments and the bottlenecks y_l (not even those with `recompute`); a_l and z_l are
 elementwise in what is kept and are computed again.
+
+Layers come in groups, each a stack that is looped over (fused_layer_groups.py): so what is said here of one layer's
+arrays holds for the stack of a group's, with an axis [n] in front.
 """
 
 from collections.abc import Callable, Sequence

@@ -65,8 +65,8 @@ def unstack_layers(stack: LayerParams, group: Group) -> list[LayerParams]:
     """Return each layer's own share of a stack of gradients; kernels may come in parts [n, parts, ...] to add up."""
 
     def take(i, stacked, leaf):
-        start, stop = [0] * stacked.ndim, (*stacked.shape[: stacked.ndim - leaf.ndim], *leaf.shape)
-        own = lax.slice(stacked, (i, *start[1:]), (i + 1, *stop[1:]))
+        parts = stacked.shape[1 : stacked.ndim - leaf.ndim]
+        own = lax.slice(stacked, (i,) + (0,) * (stacked.ndim - 1), (i + 1, *parts, *leaf.shape))
         return lax.reduce_sum(own.reshape(-1, *leaf.shape), (0,))
 
     return [jax.tree.map(lambda *leaves, i=i: take(i, *leaves), stack, layer) for i, layer in enumerate(group)]
