@@ -24,7 +24,8 @@ import threading
 import time
 from collections.abc import Iterator
 
-HERE = pathlib.Path(__file__).parent
+from records import HERE, file_name, find_commit, is_not_a_place, processor, write_files
+
 MARK, RUN_STEPS = "@peer ", 10  # as in peers/protocol.py
 # name: (title, file in peers/, its own flags, whose environment)
 PROGRAMS = {
@@ -95,7 +96,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """Return the flags; leave with one message for a wrong one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", required=True, help="of the files in benchmarks/results")
+    parser.add_argument("--name", required=True, type=file_name, help="of the files in benchmarks/results")
     parser.add_argument("--programs", default=",".join(PROGRAMS), help="the first one is what ratios refer to")
     parser.add_argument("--calls", default="train,predict,predict_one", help=", ".join(CALLS))
     parser.add_argument("--backbone", default="densenet121")
@@ -114,8 +115,6 @@ def parse_arguments() -> argparse.Namespace:
         unknown = set(getattr(arguments, flag).split(",")) - set(known)
         if unknown:
             parser.error(f"--{flag}: unknown {', '.join(sorted(unknown))}; known are {', '.join(known)}")
-    if pathlib.Path(arguments.name).name != arguments.name:
-        parser.error(f"--name={arguments.name} is a path: give a name, and its folder by --results")
     return arguments
 
 
@@ -206,17 +205,6 @@ def count_images(call: str, batch_size: int) -> int:
     return {"predict_one": 1, "train_run": RUN_STEPS * batch_size}.get(call, batch_size)
 
 
-def find_commit() -> str:
-    """Return the commit of this file, marked if files differ from it; 'unknown' outside a repository."""
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty=+changes", "--abbrev=40", "--match=no tag"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-
-
-def is_not_a_place(argument: str) -> bool:
-    """Return False for the flags that say where things lie on this machine, which matters to nobody else."""
-    return argument.split("=")[0] not in ("--python", "--peers_python", "--results", "--caches")
-
-
 def summarize(peer: Peer, first: Peer, call: str) -> dict:
     """Return median seconds, and the program's time over the first one's: median and range over the rounds."""
     of_rounds = [statistics.median(seconds) for seconds in peer.seconds[call]]
@@ -229,13 +217,6 @@ def summarize(peer: Peer, first: Peer, call: str) -> dict:
         "ratio_range": [min(ratios), max(ratios)],
         "seconds": peer.seconds[call],
     }
-
-
-def processor() -> str:
-    """Return the processor's name."""
-    path = pathlib.Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def format_markdown(outcome: dict) -> str:
@@ -280,19 +261,9 @@ def format_markdown(outcome: dict) -> str:
 
 def write(outcome: dict, arguments: argparse.Namespace) -> None:
     """Write NAME.json and NAME.md, and print the latter."""
-    folder = pathlib.Path(arguments.results)
-    folder.mkdir(parents=True, exist_ok=True)
     page = format_markdown(outcome)
-    write_files(folder, arguments.name, json.dumps(outcome, indent=1) + "\n", page)
+    write_files(pathlib.Path(arguments.results), arguments.name, json.dumps(outcome, indent=1) + "\n", page)
     print(page)
-
-
-def write_files(folder: pathlib.Path, name: str, record: str, page: str) -> None:
-    """Write NAME.json and NAME.md, each all or nothing."""
-    for suffix, text in ((".json", record), (".md", page)):
-        temporary = folder / f".{name}{suffix}.{os.getpid()}"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, folder / (name + suffix))
 
 
 if __name__ == "__main__":

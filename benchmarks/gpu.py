@@ -2,84 +2,176 @@
 
   python benchmarks/gpu.py --name=gpu densenet121/16,64,256/bfloat16,float32/cxa,torch_compiled
 
-An argument is a phase: backbones / batch sizes / types / programs of compare.py. The programs of a phase, a process for
-each of its cells, are started together, for most of the time goes into compiling, which takes a processor core each.
-When all are ready, or --patience is over, they are timed in turns, only one at work at a time: the seconds of ten steps
-on a batch that lies on the device, and the ratio to the first program's within a round. Writes
-benchmarks/results/NAME.json and NAME.md after every phase.
+An argument is a group of settings: backbones / batch sizes / types / programs of compare.py. Each program of a setting
+is a process. Most of the time goes into compiling, which takes a core each, so --at_once of them run together, in the
+order given. When those of one setting are ready, all others are stopped, and they are timed in turns, only one at work
+at a time: the seconds of ten steps on a batch that lies on the device, and the ratio to the first program's within a
+round. Then they make room for the next. Writes benchmarks/results/NAME.json and NAME.md after every setting.
 """
 
 import argparse
 import concurrent.futures
 import contextlib
+import dataclasses
 import datetime
 import itertools
 import json
 import os
 import pathlib
+import signal
 import sys
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import compare
 from compare import RUN_STEPS
+from records import HERE, file_name, find_commit, is_not_a_place, processor, write_files
 
 CALL = "train_run"
 
 
+@dataclasses.dataclass
+class Setting:
+    """What is timed together: the flags of compare.py, its programs, the future of each one's start."""
+
+    options: argparse.Namespace
+    programs: list[str]
+    starts: list[concurrent.futures.Future] = dataclasses.field(default_factory=list)
+    stack: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
+
+    def is_ready(self) -> bool:
+        """Return whether each program has started, or will not."""
+        return all(future.done() for future in self.starts)
+
+
 def main() -> None:
-    """Parse flags, run the phases one by one, write after each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("phases", nargs="+", help="BACKBONES/BATCH_SIZES/TYPES/PROGRAMS, each separated by commas")
-    parser.add_argument("--name", required=True, help="of the files in benchmarks/results")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--patience", type=float, default=900, help="seconds that a program may take to start")
-    parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--python", default=sys.executable, help="with the project's requirements")
-    parser.add_argument("--peers_python", default=sys.executable, help="with benchmarks/requirements.txt")
-    parser.add_argument("--results", default=str(compare.HERE / "results"), help="folder of the outcome")
-    arguments = parser.parse_args()
-    if pathlib.Path(arguments.name).name != arguments.name:
-        parser.error(f"--name={arguments.name} is a path: give a name, and its folder by --results")
-    phases = [[part.split(",") for part in phase.split("/")] for phase in arguments.phases]
-    for phase, text in zip(phases, arguments.phases, strict=True):
-        if len(phase) != 4 or set(phase[3]) - set(compare.PROGRAMS):
-            known = ", ".join(compare.PROGRAMS)
-            parser.error(f"{text}: give BACKBONES/BATCH_SIZES/TYPES/PROGRAMS; programs are {known}")
+    """Parse flags, start and time all settings, write after each."""
+    arguments = parse_arguments()
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the programs share the GPU's memory
     cells = []
-    for backbones, batch_sizes, dtypes, programs in phases:
-        settings = list(itertools.product(backbones, map(int, batch_sizes), dtypes))
-        cells += run_phase(settings, programs, arguments)
+    for setting in start_all(list_settings(arguments), arguments):
+        cells.append(time_setting(setting))
         write(cells, arguments)
 
 
-def run_phase(settings: list[tuple[str, int, str]], programs: list[str], arguments: argparse.Namespace) -> list[dict]:
-    """Start the programs of all settings together, then time setting after setting; return a record of each."""
-    options = [
-        argparse.Namespace(
-            **vars(arguments), backbone=backbone, batch_size=batch_size, dtype=dtype, calls=CALL, caches="", steps=1
-        )
-        for backbone, batch_size, dtype in settings
+def parse_arguments() -> argparse.Namespace:
+    """Return the flags, each of `groups` as its four parts; leave with one message for a wrong one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="+", help="BACKBONES/BATCH_SIZES/TYPES/PROGRAMS, each separated by commas")
+    parser.add_argument("--name", required=True, type=file_name, help="of the files in benchmarks/results")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--at_once", type=int, default=12, help="programs that run, as cores and GPU memory allow")
+    parser.add_argument("--patience", type=float, default=1800, help="seconds; what has not started then is left out")
+    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--python", default=sys.executable, help="with the project's requirements")
+    parser.add_argument("--peers_python", default=sys.executable, help="with benchmarks/requirements.txt")
+    parser.add_argument("--results", default=str(HERE / "results"), help="folder of the outcome")
+    arguments = parser.parse_args()
+    groups = [[part.split(",") for part in group.split("/")] for group in arguments.groups]
+    for group, text in zip(groups, arguments.groups, strict=True):
+        if len(group) != 4 or set(group[3]) - set(compare.PROGRAMS):
+            known = ", ".join(compare.PROGRAMS)
+            parser.error(f"{text}: give BACKBONES/BATCH_SIZES/TYPES/PROGRAMS; programs are {known}")
+    arguments.groups = groups
+    return arguments
+
+
+def list_settings(arguments: argparse.Namespace) -> list[Setting]:
+    """Return the settings of all groups, in the order given."""
+    common = vars(arguments) | {"calls": CALL, "caches": "", "steps": 1}
+    return [
+        Setting(argparse.Namespace(**common | {"backbone": name, "batch_size": int(size), "dtype": dtype}), programs)
+        for names, sizes, dtypes, programs in arguments.groups
+        for name, size, dtype in itertools.product(names, sizes, dtypes)
     ]
-    starts = [(setting, compare.start(program, own)) for setting, own in enumerate(options) for program in programs]
-    with concurrent.futures.ThreadPoolExecutor(len(starts)) as pool, contextlib.ExitStack() as stack:
-        futures = [pool.submit(context.__enter__) for _, context in starts]
-        for (_, context), future in zip(starts, futures, strict=True):
-            stack.push(context)
-            future.result()
-        print(f"{len(starts)} programs started", flush=True)
-        records = []
-        for number, own in enumerate(options):
-            answers = [future.result() for (i, _), future in zip(starts, futures, strict=True) if i == number]
-            records.append(time_setting(own, programs, answers))
-        return records
 
 
-def time_setting(own: argparse.Namespace, programs: list[str], answers: list[compare.Peer | str]) -> dict[str, Any]:
+def start_all(settings: list[Setting], arguments: argparse.Namespace) -> Iterator[Setting]:
+    """Start the programs, so many at once; yield a setting when all of its own are ready, the others stopped."""
+    deadline = time.monotonic() + arguments.patience
+    waiting, running = list(settings), []
+    with concurrent.futures.ThreadPoolExecutor(sum(len(setting.programs) for setting in settings)) as pool:
+        while waiting or running:
+            while waiting and is_room(running, waiting[0], arguments.at_once):
+                setting = waiting.pop(0)
+                setting.starts = [pool.submit(start, name, setting, deadline) for name in setting.programs]
+                running.append(setting)
+            ready = next(filter(Setting.is_ready, running), None)
+            if ready is None:
+                unfinished = [future for setting in running for future in setting.starts if not future.done()]
+                concurrent.futures.wait(unfinished, return_when=concurrent.futures.FIRST_COMPLETED)
+                continue
+            running.remove(ready)
+            with ready.stack, all_stopped_but(ready):
+                yield ready
+
+
+def is_room(running: list[Setting], setting: Setting, at_once: int) -> bool:
+    """Return whether the setting's programs may start beside what runs; alone, any may."""
+    return not running or sum(len(other.programs) for other in [*running, setting]) <= at_once
+
+
+def start(name: str, setting: Setting, deadline: float) -> compare.Peer | str:
+    """Start a program, to be ended by the setting's stack; return it, or the reason why there is none."""
+    patience = deadline - time.monotonic()
+    if patience <= 0:
+        return "not begun in the time there was"
+    context = compare.start(name, argparse.Namespace(**vars(setting.options) | {"patience": patience}))
+    return setting.stack.enter_context(context)
+
+
+@contextlib.contextmanager
+def all_stopped_but(setting: Setting) -> Iterator[None]:
+    """Stop what this process has started, and what that has, but the setting's own programs; then let it go on."""
+    peers = [answer.process.pid for answer in (future.result() for future in setting.starts) if is_peer(answer)]
+    own = {pid for peer in peers for pid in find_family(peer)}
+    stopped: list[int] = []
+    try:
+        while (
+            others := find_family(os.getpid()) - own - {os.getpid()} - set(stopped)
+        ):  # one may just have begun another
+            for pid in others:
+                stopped.append(pid)
+                send(pid, signal.SIGSTOP)
+        yield
+    finally:
+        for pid in stopped:
+            send(pid, signal.SIGCONT)
+
+
+def is_peer(answer: compare.Peer | str) -> bool:
+    """Return whether a start gave a program, not a reason."""
+    return not isinstance(answer, str)
+
+
+def find_family(root: int) -> set[int]:
+    """Return the process, its children, theirs, and so on; Linux alone tells."""
+    parents = {}
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    family, more = set(), {root}
+    while more:
+        family |= more
+        more = {pid for pid, parent in parents.items() if parent in more} - family
+    return family
+
+
+def send(pid: int, number: int) -> None:
+    """Send a signal to a process that may have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def time_setting(setting: Setting) -> dict[str, Any]:
     """Let the programs of one setting take turns; return its record, and print it."""
-    peers = [answer for answer in answers if not isinstance(answer, str)]
+    own, answers = setting.options, [future.result() for future in setting.starts]
+    peers = list(filter(is_peer, answers))
     record = {name: getattr(own, name) for name in ("backbone", "batch_size", "dtype")}
-    record["skipped"] = {p: answer for p, answer in zip(programs, answers, strict=True) if isinstance(answer, str)}
+    record["skipped"] = {
+        name: answer for name, answer in zip(setting.programs, answers, strict=True) if not is_peer(answer)
+    }
     record["programs"] = {}
     if peers:
         compare.take_turns(peers, [CALL], own)
@@ -107,11 +199,11 @@ def write(cells: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     """Write NAME.json and NAME.md."""
     about = [program["about"] for cell in cells for program in cell["programs"].values()]
     outcome = {
-        "command": " ".join(["python benchmarks/gpu.py", *filter(compare.is_not_a_place, sys.argv[1:])]),
-        "commit": compare.find_commit(),
+        "command": " ".join(["python benchmarks/gpu.py", *filter(is_not_a_place, sys.argv[1:])]),
+        "commit": find_commit(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": f"{compare.processor()}, {len(os.sched_getaffinity(0))} cores",
-        "devices": sorted({entry["device"] for entry in about}),
+        "machine": f"{processor()}, {len(os.sched_getaffinity(0))} cores",
+        "devices": sorted({entry["device"] for entry in about if "device" in entry}),
         "versions": sorted({f"{name} {entry[name]}" for entry in about for name in ("jax", "torch") if name in entry}),
         "image_size": arguments.image_size,
         "cells": cells,
@@ -130,9 +222,9 @@ def write(cells: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
         "|---|--:|---|---|--:|--:|--:|",
         *itertools.chain.from_iterable(map(format_rows, cells)),
     ]
-    folder = pathlib.Path(arguments.results)
-    folder.mkdir(parents=True, exist_ok=True)
-    compare.write_files(folder, arguments.name, json.dumps(outcome, indent=1) + "\n", "\n".join(lines) + "\n")
+    write_files(
+        pathlib.Path(arguments.results), arguments.name, json.dumps(outcome, indent=1) + "\n", "\n".join(lines) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -23,12 +23,19 @@ serve(arguments.first, {{"train": work, "train_run": work, "predict": work, "pre
 """
 
 
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def compare(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("compare", FOLDER / "compare.py")
-    module = importlib.util.module_from_spec(spec)
+    monkeypatch.syspath_prepend(FOLDER)
+    module = load("compare")
     monkeypatch.setitem(sys.modules, "compare", module)
-    spec.loader.exec_module(module)
     (tmp_path / "peers").mkdir()
     log = tmp_path / "log"
     (tmp_path / "peers" / "sleep.py").write_text(SLEEPER.format(peers=str(FOLDER / "peers"), log=str(log)))
@@ -77,7 +84,7 @@ def test_unknown_names_are_refused(compare, monkeypatch, tmp_path, capsys):
 def test_a_path_as_name_is_refused_before_anything_runs(compare, monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(compare, monkeypatch, tmp_path, "--name=some/where")
-    assert "--name=some/where is a path" in capsys.readouterr().err
+    assert "'some/where' is no name of a file" in capsys.readouterr().err
 
 
 def test_nothing_to_compare_is_an_error(compare, monkeypatch, tmp_path):
@@ -85,11 +92,9 @@ def test_nothing_to_compare_is_an_error(compare, monkeypatch, tmp_path):
         run(compare, monkeypatch, tmp_path, "--programs=broken")
 
 
-def test_every_program_has_its_file():
-    spec = importlib.util.spec_from_file_location("compare_real", FOLDER / "compare.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+def test_every_program_has_its_file(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    module = load("compare")
     for _, file, flags, environment in module.PROGRAMS.values():
         text = (FOLDER / "peers" / file).read_text()
         assert environment in ("ours", "peers")
@@ -98,16 +103,25 @@ def test_every_program_has_its_file():
             assert f"{name}=(" in text and f'"{value}"' in text
 
 
-def test_phases_of_a_gpu_comparison(compare, tmp_path, monkeypatch, capsys):
-    """Programs of a phase start together; settings are timed one by one, and one that does not start is named."""
-    spec = importlib.util.spec_from_file_location("gpu", FOLDER / "gpu.py")
-    gpu = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(gpu)
-    phases = ["densenet121/4,8/bfloat16/fast,slow", "resnet50/4/float32/fast,broken"]
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--name=x", f"--results={tmp_path / 'results'}", *phases])
+@pytest.fixture
+def run_gpu(compare, tmp_path, monkeypatch):
+    gpu = load("gpu")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "")
-    gpu.main()
-    cells = json.loads((tmp_path / "results" / "x.json").read_text())["cells"]
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--name=x", f"--results={tmp_path / 'results'}", *flags])
+        gpu.main()
+        return json.loads((tmp_path / "results" / "x.json").read_text())["cells"]
+
+    return run
+
+
+@pytest.mark.parametrize("at_once", [1, 12])
+def test_settings_of_a_gpu_comparison(run_gpu, tmp_path, at_once):
+    """Settings are timed one by one, whatever there is room for, and what does not start is named."""
+    groups = "densenet121/4,8/bfloat16/fast,slow", "resnet50/4/float32/fast,broken"
+    cells = run_gpu(*groups, f"--at_once={at_once}")
+    cells.sort(key=lambda cell: (cell["backbone"], cell["batch_size"]))
     settings = [(cell["backbone"], cell["batch_size"], cell["dtype"]) for cell in cells]
     assert settings == [("densenet121", 4, "bfloat16"), ("densenet121", 8, "bfloat16"), ("resnet50", 4, "float32")]
     for cell in cells[:2]:
@@ -118,10 +132,28 @@ def test_phases_of_a_gpu_comparison(compare, tmp_path, monkeypatch, capsys):
     assert list(cells[2]["programs"]) == ["fast"] and "no_such_package" in cells[2]["skipped"]["broken"]
     page = (tmp_path / "results" / "x.md").read_text()
     assert page.count("| densenet121 |") == 4 and "no_such_package" in page
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--name=x", "densenet121/4/bfloat16/nobody"])
+
+
+def test_what_is_not_timed_stands_still(compare, run_gpu, tmp_path, monkeypatch):
+    """Programs that still compile, and what they have started, do no work while a setting is timed."""
+    write = f"print(end='.', file=open({str(tmp_path / 'log')!r}, 'a'))"
+    busy = f"import time\nfor _ in range(300):\n  {write}\n  time.sleep(.01)"
+    child = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {busy!r}])\n"
+    (tmp_path / "peers" / "starting.py").write_text(child + (tmp_path / "peers" / "sleep.py").read_text())
+    monkeypatch.setitem(compare.PROGRAMS, "starting", ("Starting", "starting.py", [], "ours"))
+    cells = run_gpu("densenet121/4/bfloat16/fast,slow", "resnet50/4/float32/starting")
+    assert [list(cell["programs"]) for cell in cells] == [["fast", "slow"], ["starting"]]
+    log = (tmp_path / "log").read_text()
+    before, timed, after = log.partition("1 3 1 3 3 1 1 3 ")  # one warm-up, three rounds of one call
+    assert timed and "." in before and "." in after
+
+
+def test_unknown_programs_and_times_that_are_over(run_gpu, capsys):
     with pytest.raises(SystemExit):
-        gpu.main()
+        run_gpu("densenet121/4/bfloat16/nobody")
     assert "programs are fast, slow, broken" in " ".join(capsys.readouterr().err.split())
+    (cell,) = run_gpu("densenet121/4/bfloat16/fast", "--patience=0")
+    assert cell["programs"] == {} and cell["skipped"] == {"fast": "not begun in the time there was"}
 
 
 def test_a_program_that_does_not_get_ready_is_given_up(compare, tmp_path, monkeypatch):
