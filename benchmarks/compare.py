@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -128,7 +129,10 @@ def start(name: str, arguments: argparse.Namespace) -> Iterator[Peer | str]:
     command.append(f"--first={arguments.calls.split(',')[0]}")
     if file != "keras_applications.py":
         command.append(f"--dtype={arguments.dtype}")
-    with tempfile.TemporaryDirectory() as folder, open(pathlib.Path(folder, "log"), "w+", encoding="utf-8") as errors:
+    with (  # compilers' own processes may still write when theirs has been ended
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        open(pathlib.Path(folder, "log"), "w+", encoding="utf-8") as errors,
+    ):
         caches = {variable: str(pathlib.Path(arguments.caches or folder, variable)) for variable in CACHES}
         began = time.perf_counter()
         process = subprocess.Popen(
@@ -146,7 +150,7 @@ def start(name: str, arguments: argparse.Namespace) -> Iterator[Peer | str]:
                 errors.seek(0)
                 lines = errors.read().strip().splitlines() or ["it said nothing"]
                 named = [line for line in lines if "Error" in line]
-                yield f"status {process.wait()}: {(named or lines)[-1]}"
+                yield f"status {process.wait()}: {textwrap.shorten((named or lines)[-1], 200)}"
             else:
                 empty = [{call: [] for call in CALLS} for _ in range(2)]
                 yield Peer(name, process, ready["about"], time.perf_counter() - began, *empty)

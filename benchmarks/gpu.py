@@ -61,7 +61,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("groups", nargs="+", help="BACKBONES/BATCH_SIZES/TYPES/PROGRAMS, each separated by commas")
     parser.add_argument("--name", required=True, type=file_name, help="of the files in benchmarks/results")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--at_once", type=int, default=12, help="programs that run, as cores and GPU memory allow")
+    # What waits keeps its memory, up to 25 GiB at batch 256: in 80 GB twelve programs ended for want of it.
+    parser.add_argument("--at_once", type=int, default=4, help="programs that run, as cores and GPU memory allow")
     parser.add_argument("--patience", type=float, default=1800, help="seconds; what has not started then is left out")
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--python", default=sys.executable, help="with the project's requirements")

@@ -136,12 +136,13 @@ def update_if(condition: jax.Array, update: Callable[[], PyTree], old: PyTree) -
 
 
 def is_finite(tree: PyTree) -> jax.Array:
-    """Tell whether every number of a tree of float arrays is finite, and so small that its square is.
+    """Tell whether every number of a tree of float arrays is finite, and so small that the sum of all squares is.
 
-    All of them are looked at as one array: XLA makes a program, or two, of each that is reduced.
+    All of them are looked at as one array, since XLA makes a program, or two, of each that is reduced; and by a product,
+    which a processor's library sums in one go where XLA would write truth values and reduce them in steps.
     """
     numbers = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
-    return jnp.isfinite(jnp.square(numbers)).all()
+    return jnp.isfinite(jnp.vdot(numbers, numbers))
 
 
 def split_batch(batch: Batch, num_parts: int) -> Batch:
