@@ -1,6 +1,7 @@
 """The single measurements of a benchmark. Each takes a Run, so what is timed is what training runs."""
 
 import dataclasses
+import logging
 import math
 import pathlib
 import tempfile
@@ -25,6 +26,8 @@ from cxa_jax.steps import augment_batch, make_eval_step
 from cxa_jax.timing import summarize, time_calls
 from cxa_jax.train_state import TrainState
 from cxa_jax.warm_up import lower_train_step
+
+log = logging.getLogger(__name__)
 
 RECORD_BYTES = 128 << 20  # of fake images on disk
 INFERENCE_BATCHES = (1, 16)
@@ -188,6 +191,7 @@ def find_largest_batch(run: Run, memory_bytes: int, compiled: Compiled) -> dict[
     def need(batch_size: int) -> int:
         if batch_size not in tried:
             tried[batch_size] = analyze_memory(lower_train_step(run, batch_size).compile(ANALYSIS_ONLY))["all"]
+            log.info("  batch %d takes %.2f GiB", batch_size, tried[batch_size] / 2**30)
         return tried[batch_size]
 
     need(2 * run.config.train.batch_size)

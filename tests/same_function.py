@@ -4,10 +4,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cxa_jax.models.fused_layer_groups import LayerParams
+from cxa_jax.models.fused_norms import Affine
+
 
 def random_array(*shape, seed=0):
     """Numbers around a half, of both signs."""
     return jnp.asarray(np.random.default_rng(seed).normal(0.5, 1.5, shape))
+
+
+def random_dense_layers(normal, num_layers, channels, growth, bottleneck=5):
+    """Parameters of a dense block's layers; `normal(*shape)` draws each array."""
+    return tuple(
+        LayerParams(
+            Affine(normal(c), normal(c)),
+            normal(1, 1, c, bottleneck),
+            Affine(normal(bottleneck), normal(bottleneck)),
+            normal(3, 3, bottleneck, growth),
+        )
+        for c in range(channels, channels + num_layers * growth, growth)
+    )
 
 
 def perturbed_variables(net, images, dtype):

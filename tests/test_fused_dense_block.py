@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from same_function import perturbed_variables, relative_errors, run
+from same_function import perturbed_variables, random_dense_layers, relative_errors, run
 
 from cxa_jax.errors import UserError
 from cxa_jax.models import densenet
 from cxa_jax.models.densenet import DenseNet
-from cxa_jax.models.fused_dense_block import LayerParams, dense_block
+from cxa_jax.models.fused_dense_block import dense_block
 from cxa_jax.models.fused_norms import Affine
 
 NUM_LAYERS = (2, 1)
@@ -99,17 +99,9 @@ def test_bfloat16_is_as_close_to_float32_as_the_plain_graph(float32_case):
     assert all(fused[name] < 1.5 * plain[name] + 1e-3 for name in plain), (fused, plain)
 
 
-def random_block(normal, channels=3, bottleneck=5, growth=2):
+def random_block(normal, channels=3, growth=2):
     """Arguments of dense_block: x [2, 4, 5, 3], two layers, the norm behind them."""
-    layers = tuple(
-        LayerParams(
-            Affine(normal(c), normal(c)),
-            normal(1, 1, c, bottleneck),
-            Affine(normal(bottleneck), normal(bottleneck)),
-            normal(3, 3, bottleneck, growth),
-        )
-        for c in (channels, channels + growth)
-    )
+    layers = random_dense_layers(normal, 2, channels, growth)
     closing = Affine(*(normal(channels + 2 * growth) for _ in range(2)))
     return normal(2, 4, 5, channels), layers, closing
 

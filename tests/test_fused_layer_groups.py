@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from same_function import random_dense_layers
 
 from cxa_jax.models import fused_layer_groups
 from cxa_jax.models.fused_dense_block import dense_block
 from cxa_jax.models.fused_layer_groups import (
-    LayerParams,
     loop_layers,
     split_layers,
     stack_layers,
@@ -19,17 +19,10 @@ from cxa_jax.models.fused_norms import Affine
 EPSILON = 1e-3
 
 
-def make_layers(num_layers, channels, growth, bottleneck=5, seed=0):
-    rng = np.random.default_rng(seed)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape))  # noqa: E731
-    return tuple(
-        LayerParams(
-            Affine(normal(c), normal(c)),
-            normal(1, 1, c, bottleneck),
-            Affine(normal(bottleneck), normal(bottleneck)),
-            normal(3, 3, bottleneck, growth),
-        )
-        for c in range(channels, channels + num_layers * growth, growth)
+def make_layers(num_layers, channels, growth, **sizes):
+    rng = np.random.default_rng(0)
+    return random_dense_layers(
+        lambda *shape: jnp.asarray(rng.normal(size=shape)), num_layers, channels, growth, **sizes
     )
 
 
@@ -92,26 +85,25 @@ def test_a_single_layer_is_looped_over_as_several_are(reverse):
         np.testing.assert_array_equal(outputs, expected_outputs)
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("recompute", [False, True])
 def test_loops_change_nothing(monkeypatch, recompute):
     """Outputs and gradients of a block of six layers, four and two of them looped, against one by one, in float64."""
-    with jax.enable_x64(True):
-        rng = np.random.default_rng(1)
-        layers = make_layers(6, 8, 1)
-        closing = Affine(jnp.asarray(rng.normal(size=14)), jnp.asarray(rng.normal(size=14)))
-        x = jnp.asarray(rng.normal(size=(2, 4, 5, 8)))
+    rng = np.random.default_rng(1)
+    layers = make_layers(6, 8, 1)
+    closing = Affine(jnp.asarray(rng.normal(size=14)), jnp.asarray(rng.normal(size=14)))
+    x = jnp.asarray(rng.normal(size=(2, 4, 5, 8)))
 
+    def run(*, looped):
         def loss(x, layers, closing):
             outputs = dense_block(x, layers, closing, EPSILON, recompute)
             return sum(jnp.sin(leaf).sum() for leaf in jax.tree.leaves(outputs)), outputs
 
-        def run():
-            compute = jax.jit(jax.grad(lambda *args: loss(*args), (0, 1, 2), has_aux=True))
-            assert ("while" in compute.lower(x, layers, closing).as_text()) == looped
-            return compute(x, layers, closing)
+        compute = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
+        assert ("while" in compute.lower(x, layers, closing).as_text()) == looped
+        return compute(x, layers, closing)
 
-        looped = True
-        found = run()
-        monkeypatch.setattr(fused_layer_groups, "MIN_SIZE", 99)
-        looped = False
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), found, run())
+    found = run(looped=True)
+    monkeypatch.setattr(fused_layer_groups, "MIN_SIZE", 99)
+    expected = run(looped=False)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), found, expected)
