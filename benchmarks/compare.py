@@ -25,7 +25,18 @@ import threading
 import time
 from collections.abc import Iterator
 
-from records import HERE, file_name, find_commit, is_not_a_place, processor, write_files
+from processes import Processes
+from records import (
+    HERE,
+    count,
+    file_name,
+    find_commit,
+    interpreter,
+    is_not_a_place,
+    new_folder,
+    processor,
+    write_files,
+)
 
 MARK, RUN_STEPS = "@peer ", 10  # as in peers/protocol.py
 # name: (title, file in peers/, its own flags, whose environment)
@@ -62,8 +73,9 @@ class Peer:
 
     def run(self, call: str, count: int, *, record: bool) -> None:
         """Let it run `count` calls, the others waiting."""
-        self.process.stdin.write(f"{call} {count}\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended; so there is no answer
+            self.process.stdin.write(f"{call} {count}\n")
+            self.process.stdin.flush()
         answer = read_answer(self.process)
         if answer is None:
             raise RuntimeError(f"{self.name} ended during {call!r} with status {self.process.wait()}")
@@ -77,10 +89,11 @@ def main() -> None:
     """Parse flags, start the programs, let them take turns, write the outcome."""
     arguments = parse_arguments()
     calls = arguments.calls.split(",")
+    processes = Processes()
     with contextlib.ExitStack() as stack:
         peers, skipped = [], {}
         for name in arguments.programs.split(","):
-            peer = stack.enter_context(start(name, arguments))
+            peer = stack.enter_context(start(name, arguments, processes))
             if isinstance(peer, str):
                 skipped[name] = peer
                 print(f"skipped {PROGRAMS[name][0]}: {peer}", flush=True)
@@ -101,27 +114,40 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--programs", default=",".join(PROGRAMS), help="the first one is what ratios refer to")
     parser.add_argument("--calls", default="train,predict,predict_one", help=", ".join(CALLS))
     parser.add_argument("--backbone", default="densenet121")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--batch_size", type=count, default=16)
+    parser.add_argument("--image_size", type=count, default=224)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="not of Keras' programs")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="in a row, of each program in each round")
-    parser.add_argument("--python", default=sys.executable, help="with the project's requirements")
-    parser.add_argument("--peers_python", default=sys.executable, help="with benchmarks/requirements.txt")
+    parser.add_argument("--rounds", type=count, default=5)
+    parser.add_argument("--steps", type=count, default=2, help="in a row, of each program in each round")
+    parser.add_argument("--python", type=interpreter, default=sys.executable, help="with the project's requirements")
+    parser.add_argument(
+        "--peers_python", type=interpreter, default=sys.executable, help="with benchmarks/requirements.txt"
+    )
     parser.add_argument("--caches", default="", help="folder for compiled programs; empty: a new one, for cold starts")
     parser.add_argument("--patience", type=float, default=1800, help="seconds that a program may take to start")
-    parser.add_argument("--results", default=str(HERE / "results"), help="folder of the outcome")
+    parser.add_argument("--results", type=new_folder, default=str(HERE / "results"), help="folder of the outcome")
     arguments = parser.parse_args()
     for flag, known in (("programs", PROGRAMS), ("calls", CALLS)):
-        unknown = set(getattr(arguments, flag).split(",")) - set(known)
-        if unknown:
+        names = getattr(arguments, flag).split(",")
+        if unknown := set(names) - set(known):
             parser.error(f"--{flag}: unknown {', '.join(sorted(unknown))}; known are {', '.join(known)}")
+        if len(set(names)) < len(names):
+            parser.error(f"--{flag}={getattr(arguments, flag)} names one twice")
     return arguments
 
 
 @contextlib.contextmanager
-def start(name: str, arguments: argparse.Namespace) -> Iterator[Peer | str]:
-    """Start a program and wait for its first step; yield it, or the reason why it cannot run here."""
+def start(
+    name: str, arguments: argparse.Namespace, processes: Processes, patience: float | None = None
+) -> Iterator[Peer | str]:
+    """Start a program and wait for its first step; yield it, or the reason why it cannot run here.
+
+    Args:
+      name: one of PROGRAMS.
+      arguments: the flags.
+      processes: what begins and ends it.
+      patience: seconds that it may take; by default all of --patience.
+    """
     _, file, flags, environment = PROGRAMS[name]
     python = arguments.python if environment == "ours" else arguments.peers_python
     command = [python, str(HERE / "peers" / file), *flags]
@@ -135,17 +161,17 @@ def start(name: str, arguments: argparse.Namespace) -> Iterator[Peer | str]:
     ):
         caches = {variable: str(pathlib.Path(arguments.caches or folder, variable)) for variable in CACHES}
         began = time.perf_counter()
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | caches
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
+        process = processes.begin(command, env=os.environ | caches, **pipes)
         out_of_patience = threading.Event()
-        impatience = threading.Timer(arguments.patience, lambda: (out_of_patience.set(), process.kill()))
+        seconds = arguments.patience if patience is None else patience
+        impatience = threading.Timer(seconds, lambda: (out_of_patience.set(), processes.end(process)))
         impatience.start()
         try:
             ready = read_answer(process)
             impatience.cancel()
             if out_of_patience.is_set():
-                yield f"not ready after {arguments.patience:g} s; give it more by --patience"
+                yield f"not ready within --patience={arguments.patience:g}"
             elif ready is None:
                 errors.seek(0)
                 lines = errors.read().strip().splitlines() or ["it said nothing"]
@@ -156,8 +182,7 @@ def start(name: str, arguments: argparse.Namespace) -> Iterator[Peer | str]:
                 yield Peer(name, process, ready["about"], time.perf_counter() - began, *empty)
         finally:
             impatience.cancel()
-            process.kill()
-            process.wait()
+            processes.end(process)
 
 
 def read_answer(process: subprocess.Popen) -> dict | None:

@@ -26,9 +26,21 @@ from typing import Any
 
 import compare
 from compare import RUN_STEPS
-from records import HERE, file_name, find_commit, is_not_a_place, processor, write_files
+from processes import Processes
+from records import (
+    HERE,
+    count,
+    file_name,
+    find_commit,
+    interpreter,
+    is_not_a_place,
+    new_folder,
+    processor,
+    write_files,
+)
 
 CALL = "train_run"
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass
@@ -44,38 +56,59 @@ class Setting:
         """Return whether each program has started, or will not."""
         return all(future.done() for future in self.starts)
 
+    @property
+    def peers(self) -> list[compare.Peer]:
+        """The programs that have started."""
+        return [answer for answer in (future.result() for future in self.starts) if not isinstance(answer, str)]
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Why the others have not, by their names."""
+        answers = zip(self.programs, (future.result() for future in self.starts), strict=True)
+        return {name: answer for name, answer in answers if isinstance(answer, str)}
+
 
 def main() -> None:
     """Parse flags, start and time all settings, write after each."""
     arguments = parse_arguments()
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the programs share the GPU's memory
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # what is stopped would stay so
     cells = []
-    for setting in start_all(list_settings(arguments), arguments):
-        cells.append(time_setting(setting))
-        write(cells, arguments)
+    with contextlib.closing(start_all(list_settings(arguments), arguments)) as ready:
+        for setting in ready:
+            cells.append(time_setting(setting))
+            write(cells, arguments)
 
 
 def parse_arguments() -> argparse.Namespace:
     """Return the flags, each of `groups` as its four parts; leave with one message for a wrong one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="+", help="BACKBONES/BATCH_SIZES/TYPES/PROGRAMS, each separated by commas")
+    parser.add_argument("groups", nargs="+", type=group, help="BACKBONES/BATCH_SIZES/TYPES/PROGRAMS")
     parser.add_argument("--name", required=True, type=file_name, help="of the files in benchmarks/results")
-    parser.add_argument("--rounds", type=int, default=3)
-    # What waits keeps its memory, up to 25 GiB at batch 256: in 80 GB twelve programs ended for want of it.
-    parser.add_argument("--at_once", type=int, default=4, help="programs that run, as cores and GPU memory allow")
+    parser.add_argument("--rounds", type=count, default=3)
+    # What waits keeps its memory: at batch 256 fourteen programs were too many for 80 GB, and most of them ended.
+    parser.add_argument("--at_once", type=count, default=4, help="programs that run, as cores and GPU memory allow")
     parser.add_argument("--patience", type=float, default=1800, help="seconds; what has not started then is left out")
-    parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--python", default=sys.executable, help="with the project's requirements")
-    parser.add_argument("--peers_python", default=sys.executable, help="with benchmarks/requirements.txt")
-    parser.add_argument("--results", default=str(HERE / "results"), help="folder of the outcome")
-    arguments = parser.parse_args()
-    groups = [[part.split(",") for part in group.split("/")] for group in arguments.groups]
-    for group, text in zip(groups, arguments.groups, strict=True):
-        if len(group) != 4 or set(group[3]) - set(compare.PROGRAMS):
-            known = ", ".join(compare.PROGRAMS)
-            parser.error(f"{text}: give BACKBONES/BATCH_SIZES/TYPES/PROGRAMS; programs are {known}")
-    arguments.groups = groups
-    return arguments
+    parser.add_argument("--image_size", type=count, default=224)
+    parser.add_argument("--python", type=interpreter, default=sys.executable, help="with the project's requirements")
+    parser.add_argument("--peers_python", type=interpreter, default=sys.executable, help="with those of benchmarks/")
+    parser.add_argument("--results", type=new_folder, default=str(HERE / "results"), help="folder of the outcome")
+    return parser.parse_args()
+
+
+def group(text: str) -> list[list[str]]:
+    """Check and split one argument; a type for argparse."""
+    parts = [part.split(",") for part in text.split("/")]
+    if len(parts) != 4 or set(parts[3]) - set(compare.PROGRAMS) or set(parts[2]) - set(DTYPES):
+        known = f"types are {', '.join(DTYPES)}; programs are {', '.join(compare.PROGRAMS)}"
+        raise argparse.ArgumentTypeError(f"{text!r}: give BACKBONES/BATCH_SIZES/TYPES/PROGRAMS; {known}")
+    for size in parts[1]:
+        count(size)
+    if any(len(set(part)) < len(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} names one twice")
+    if "bfloat16" in parts[2] and any(compare.PROGRAMS[name][1] == "keras_applications.py" for name in parts[3]):
+        raise argparse.ArgumentTypeError(f"{text!r}: Keras' programs train in float32 alone")
+    return parts
 
 
 def list_settings(arguments: argparse.Namespace) -> list[Setting]:
@@ -89,23 +122,36 @@ def list_settings(arguments: argparse.Namespace) -> list[Setting]:
 
 
 def start_all(settings: list[Setting], arguments: argparse.Namespace) -> Iterator[Setting]:
-    """Start the programs, so many at once; yield a setting when all of its own are ready, the others stopped."""
-    deadline = time.monotonic() + arguments.patience
+    """Start the programs, so many at once; yield a setting when all of its own are ready, the others stopped.
+
+    However it is left, no program is.
+    """
+    deadline, processes = time.monotonic() + arguments.patience, Processes()
     waiting, running = list(settings), []
-    with concurrent.futures.ThreadPoolExecutor(sum(len(setting.programs) for setting in settings)) as pool:
-        while waiting or running:
-            while waiting and is_room(running, waiting[0], arguments.at_once):
-                setting = waiting.pop(0)
-                setting.starts = [pool.submit(start, name, setting, deadline) for name in setting.programs]
-                running.append(setting)
-            ready = next(filter(Setting.is_ready, running), None)
-            if ready is None:
-                unfinished = [future for setting in running for future in setting.starts if not future.done()]
-                concurrent.futures.wait(unfinished, return_when=concurrent.futures.FIRST_COMPLETED)
-                continue
-            running.remove(ready)
-            with ready.stack, all_stopped_but(ready):
-                yield ready
+    with (
+        contextlib.ExitStack() as stack,
+        concurrent.futures.ThreadPoolExecutor(sum(len(setting.programs) for setting in settings)) as pool,
+    ):
+        stack.callback(lambda: [setting.stack.close() for setting in running])  # last: their folders
+        try:
+            while waiting or running:
+                while waiting and is_room(running, waiting[0], arguments.at_once):
+                    setting = waiting.pop(0)
+                    setting.starts = [
+                        pool.submit(start, name, setting, processes, deadline) for name in setting.programs
+                    ]
+                    running.append(setting)
+                ready = next(filter(Setting.is_ready, running), None)
+                if ready is None:
+                    unfinished = [future for setting in running for future in setting.starts if not future.done()]
+                    concurrent.futures.wait(unfinished, return_when=concurrent.futures.FIRST_COMPLETED)
+                    continue
+                with processes.only({peer.process.pid for peer in ready.peers}):
+                    yield ready
+                running.remove(ready)
+                ready.stack.close()
+        finally:
+            processes.end_all()  # first, for the pool waits for those that are still starting
 
 
 def is_room(running: list[Setting], setting: Setting, at_once: int) -> bool:
@@ -113,73 +159,29 @@ def is_room(running: list[Setting], setting: Setting, at_once: int) -> bool:
     return not running or sum(len(other.programs) for other in [*running, setting]) <= at_once
 
 
-def start(name: str, setting: Setting, deadline: float) -> compare.Peer | str:
+def start(name: str, setting: Setting, processes: Processes, deadline: float) -> compare.Peer | str:
     """Start a program, to be ended by the setting's stack; return it, or the reason why there is none."""
     patience = deadline - time.monotonic()
     if patience <= 0:
-        return "not begun in the time there was"
-    context = compare.start(name, argparse.Namespace(**vars(setting.options) | {"patience": patience}))
-    return setting.stack.enter_context(context)
-
-
-@contextlib.contextmanager
-def all_stopped_but(setting: Setting) -> Iterator[None]:
-    """Stop what this process has started, and what that has, but the setting's own programs; then let it go on."""
-    peers = [answer.process.pid for answer in (future.result() for future in setting.starts) if is_peer(answer)]
-    own = {pid for peer in peers for pid in find_family(peer)}
-    stopped: list[int] = []
-    try:
-        while (
-            others := find_family(os.getpid()) - own - {os.getpid()} - set(stopped)
-        ):  # one may just have begun another
-            for pid in others:
-                stopped.append(pid)
-                send(pid, signal.SIGSTOP)
-        yield
-    finally:
-        for pid in stopped:
-            send(pid, signal.SIGCONT)
-
-
-def is_peer(answer: compare.Peer | str) -> bool:
-    """Return whether a start gave a program, not a reason."""
-    return not isinstance(answer, str)
-
-
-def find_family(root: int) -> set[int]:
-    """Return the process, its children, theirs, and so on; Linux alone tells."""
-    parents = {}
-    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-    family, more = set(), {root}
-    while more:
-        family |= more
-        more = {pid for pid, parent in parents.items() if parent in more} - family
-    return family
-
-
-def send(pid: int, number: int) -> None:
-    """Send a signal to a process that may have ended."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
+        return f"not begun within --patience={setting.options.patience:g}"
+    return setting.stack.enter_context(compare.start(name, setting.options, processes, patience))
 
 
 def time_setting(setting: Setting) -> dict[str, Any]:
-    """Let the programs of one setting take turns; return its record, and print it."""
-    own, answers = setting.options, [future.result() for future in setting.starts]
-    peers = list(filter(is_peer, answers))
+    """Let the programs of one setting take turns; return its record, and print it. One that ends ends all turns."""
+    own, peers = setting.options, setting.peers
     record = {name: getattr(own, name) for name in ("backbone", "batch_size", "dtype")}
-    record["skipped"] = {
-        name: answer for name, answer in zip(setting.programs, answers, strict=True) if not is_peer(answer)
-    }
-    record["programs"] = {}
-    if peers:
-        compare.take_turns(peers, [CALL], own)
+    record |= {"skipped": setting.skipped, "programs": {}}
+    try:
+        if peers:
+            compare.take_turns(peers, [CALL], own)
+    except RuntimeError as error:
+        record["skipped"] |= {peer.name: f"not timed: {error}" for peer in peers}
+        peers = []
     for peer in peers:
         summary = compare.summarize(peer, peers[0], CALL)
         step_s = summary["median_s"] / RUN_STEPS
-        speed = {"step_s": step_s, "images_per_s": own.batch_size / step_s, "start_to_first_call_s": peer.start_s}
+        speed = {"step_s": step_s, "images_per_s": own.batch_size / step_s}
         record["programs"][peer.name] = speed | {"about": peer.about} | summary
     print("\n".join(format_rows(record)), flush=True)
     return record

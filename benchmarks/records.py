@@ -4,6 +4,7 @@ import argparse
 import os
 import pathlib
 import platform
+import shutil
 import subprocess
 
 HERE = pathlib.Path(__file__).parent
@@ -11,8 +12,33 @@ HERE = pathlib.Path(__file__).parent
 
 def file_name(text: str) -> str:
     """Check a --name; a type for argparse."""
-    if pathlib.Path(text).name != text:
+    if text in ("", ".", "..") or pathlib.Path(text).name != text:
         raise argparse.ArgumentTypeError(f"{text!r} is no name of a file: give a name, and its folder by --results")
+    return text
+
+
+def count(text: str) -> int:
+    """Check a number of things, 1 or more; a type for argparse."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
+    return int(text)
+
+
+def interpreter(text: str) -> str:
+    """Check that a program can be run; a type for argparse."""
+    if shutil.which(text) is None:
+        raise argparse.ArgumentTypeError(f"there is no program {text!r}")
+    return text
+
+
+def new_folder(text: str) -> str:
+    """Make the folder of an outcome before anything is measured; a type for argparse."""
+    try:
+        pathlib.Path(text).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be made: {error.strerror}") from None
+    if not os.access(text, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written to")
     return text
 
 
@@ -36,7 +62,6 @@ def processor() -> str:
 
 def write_files(folder: pathlib.Path, name: str, record: str, page: str) -> None:
     """Write NAME.json and NAME.md, each all or nothing."""
-    folder.mkdir(parents=True, exist_ok=True)
     for suffix, text in ((".json", record), (".md", page)):
         temporary = folder / f".{name}{suffix}.{os.getpid()}"
         temporary.write_text(text, encoding="utf-8")

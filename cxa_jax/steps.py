@@ -138,8 +138,8 @@ def update_if(condition: jax.Array, update: Callable[[], PyTree], old: PyTree) -
 def is_finite(tree: PyTree) -> jax.Array:
     """Tell whether every number of a tree of float arrays is finite, and so small that the sum of all squares is.
 
-    All of them are looked at as one array, since XLA makes a program, or two, of each that is reduced; and by a
-    product, which a processor sums in one go: truth values would be written, and reduced in steps.
+    All of them are looked at as one array, since XLA makes a program, or two, of each that is reduced. A product is
+    summed in one go on a processor; truth values would be written, and reduced in steps.
     """
     numbers = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
     return jnp.isfinite(jnp.vdot(numbers, numbers))

@@ -1,9 +1,10 @@
-"""benchmarks/compare.py with programs that only sleep: turns, ratios, what cannot start, and what is written."""
+"""benchmarks/compare.py and gpu.py with programs that only sleep: turns, ratios, what cannot start, what is written."""
 
 import importlib.util
 import json
 import pathlib
 import sys
+import time
 
 import pytest
 
@@ -23,19 +24,20 @@ serve(arguments.first, {{"train": work, "train_run": work, "predict": work, "pre
 """
 
 
-def load(name):
+def load(name, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    for other in ("processes", "records"):
+        monkeypatch.delitem(sys.modules, other, raising=False)
     spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
+    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture
 def compare(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)
-    module = load("compare")
-    monkeypatch.setitem(sys.modules, "compare", module)
+    module = load("compare", monkeypatch)
     (tmp_path / "peers").mkdir()
     log = tmp_path / "log"
     (tmp_path / "peers" / "sleep.py").write_text(SLEEPER.format(peers=str(FOLDER / "peers"), log=str(log)))
@@ -93,8 +95,7 @@ def test_nothing_to_compare_is_an_error(compare, monkeypatch, tmp_path):
 
 
 def test_every_program_has_its_file(monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)
-    module = load("compare")
+    module = load("compare", monkeypatch)
     for _, file, flags, environment in module.PROGRAMS.values():
         text = (FOLDER / "peers" / file).read_text()
         assert environment in ("ours", "peers")
@@ -105,8 +106,9 @@ def test_every_program_has_its_file(monkeypatch):
 
 @pytest.fixture
 def run_gpu(compare, tmp_path, monkeypatch):
-    gpu = load("gpu")
+    gpu = load("gpu", monkeypatch)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "")
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
 
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["gpu.py", "--name=x", f"--results={tmp_path / 'results'}", *flags])
@@ -134,30 +136,108 @@ def test_settings_of_a_gpu_comparison(run_gpu, tmp_path, at_once):
     assert page.count("| densenet121 |") == 4 and "no_such_package" in page
 
 
+def write_program(compare, tmp_path, monkeypatch, name, before="", after=""):
+    """Add a program that runs `before`, then is as the others, with `after` in each of its later calls."""
+    text = (
+        (tmp_path / "peers" / "sleep.py")
+        .read_text()
+        .replace("    time.sleep", f"    {after or 'pass'}\n    time.sleep")
+    )
+    (tmp_path / "peers" / f"{name}.py").write_text(f"{before}\n{text}")
+    monkeypatch.setitem(compare.PROGRAMS, name, (name.title(), f"{name}.py", [], "ours"))
+
+
+def children():
+    """The programs that this process has started and that still run."""
+    task = pathlib.Path("/proc/self/task")
+    return {pid for path in task.glob("*/children") for pid in path.read_text().split()}
+
+
 def test_what_is_not_timed_stands_still(compare, run_gpu, tmp_path, monkeypatch):
     """Programs that still compile, and what they have started, do no work while a setting is timed."""
-    write = f"print(end='.', file=open({str(tmp_path / 'log')!r}, 'a'))"
+    log = tmp_path / "log"
+    write = f"print(end='.', file=open({str(log)!r}, 'a'))"
     busy = f"import time\nfor _ in range(300):\n  {write}\n  time.sleep(.01)"
-    child = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {busy!r}])\n"
-    (tmp_path / "peers" / "starting.py").write_text(child + (tmp_path / "peers" / "sleep.py").read_text())
-    monkeypatch.setitem(compare.PROGRAMS, "starting", ("Starting", "starting.py", [], "ours"))
-    cells = run_gpu("densenet121/4/bfloat16/fast,slow", "resnet50/4/float32/starting")
-    assert [list(cell["programs"]) for cell in cells] == [["fast", "slow"], ["starting"]]
-    log = (tmp_path / "log").read_text()
-    before, timed, after = log.partition("1 3 1 3 3 1 1 3 ")  # one warm-up, three rounds of one call
-    assert timed and "." in before and "." in after
+    child = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {busy!r}])"
+    write_program(compare, tmp_path, monkeypatch, "starting", before=child)
+    wait = f"import os, time\nwhile not os.path.exists({str(log)!r}): time.sleep(.01)"
+    write_program(compare, tmp_path, monkeypatch, "waiting", before=wait)
+    cells = run_gpu("densenet121/4/bfloat16/waiting,slow", "resnet50/4/float32/starting")
+    assert [list(cell["programs"]) for cell in cells] == [["waiting", "slow"], ["starting"]]
+    _, timed, after = log.read_text().partition("1 3 1 3 3 1 1 3 ")  # one warm-up, three rounds of one call
+    assert timed and "." in after
 
 
-def test_unknown_programs_and_times_that_are_over(run_gpu, capsys):
+def test_a_setting_begins_when_there_is_room(compare, run_gpu, tmp_path):
+    groups = "densenet121/4/bfloat16/fast,slow", "resnet50/4/float32/fast"
+    before = children()
+    run_gpu(*groups, "--at_once=2")
+    assert (tmp_path / "log").read_text().split()[2:] == "1 3 1 3 3 1 1 3".split() + ["1"] * 5
+    assert children() <= before
+
+
+@pytest.mark.parametrize(
+    "death", ["calls.append(1) or len(calls) > 2 and os._exit(3)", "threading.Timer(0.3, os._exit, [3]).start()"]
+)
+def test_a_program_that_dies_is_a_reason_not_the_end(compare, run_gpu, tmp_path, monkeypatch, death):
+    """While it is timed, or while it waits for another of its setting."""
+    write_program(compare, tmp_path, monkeypatch, "mortal", "import os, threading; calls = []", death)
+    write_program(compare, tmp_path, monkeypatch, "late", "import time; time.sleep(1)")
+    cells = run_gpu("densenet121/4/bfloat16/mortal,late", "resnet50/4/float32/fast")
+    second, first = sorted(cells, key=lambda cell: len(cell["skipped"]))
+    assert not first["programs"] and "mortal ended during 'train_run' with status 3" in first["skipped"]["mortal"]
+    assert list(second["programs"]) == ["fast"]
+
+
+@pytest.mark.parametrize("ending", ["error", "interrupt"])
+def test_no_program_is_left_over(compare, run_gpu, tmp_path, monkeypatch, ending):
+    """Neither one that still compiles nor what it has started, and nobody waits for it."""
+    write_program(compare, tmp_path, monkeypatch, "starting", before="import time; time.sleep(60)")
+    failure = {"error": OSError("disk full"), "interrupt": KeyboardInterrupt()}[ending]
+
+    def fail(*_):
+        raise failure
+
+    monkeypatch.setattr(sys.modules["gpu"], "write", fail)
+    before, start = children(), time.monotonic()
+    with pytest.raises(type(failure)):
+        run_gpu("densenet121/4/bfloat16/fast", "resnet50/4/float32/starting")
+    assert time.monotonic() - start < 10 and children() <= before
+
+
+@pytest.mark.parametrize(
+    ("group", "problem"),
+    [
+        ("densenet121/4/bfloat16/nobody", "programs are fast, slow, broken"),
+        ("densenet121/4/float16/fast", "types are float32, bfloat16"),
+        ("densenet121/4/bfloat16", "BACKBONES/BATCH_SIZES/TYPES/PROGRAMS"),
+        ("densenet121/0/bfloat16/fast", "'0' is no whole number of 1 or more"),
+        ("densenet121//bfloat16/fast", "'' is no whole number of 1 or more"),
+        ("densenet121/4/bfloat16/fast,fast", "names one twice"),
+    ],
+)
+def test_wrong_groups_are_refused(run_gpu, capsys, group, problem):
     with pytest.raises(SystemExit):
-        run_gpu("densenet121/4/bfloat16/nobody")
-    assert "programs are fast, slow, broken" in " ".join(capsys.readouterr().err.split())
+        run_gpu(group)
+    assert problem in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "flag", ["--rounds=0", "--at_once=-1", "--peers_python=/no/such", "--results=/proc/no", "--name=.."]
+)
+def test_wrong_flags_are_refused(run_gpu, capsys, flag):
+    with pytest.raises(SystemExit):
+        run_gpu("densenet121/4/bfloat16/fast", flag)
+    assert flag.split("=")[0] in capsys.readouterr().err
+
+
+def test_time_that_is_over(run_gpu):
     (cell,) = run_gpu("densenet121/4/bfloat16/fast", "--patience=0")
-    assert cell["programs"] == {} and cell["skipped"] == {"fast": "not begun in the time there was"}
+    assert cell["programs"] == {} and cell["skipped"] == {"fast": "not begun within --patience=0"}
 
 
 def test_a_program_that_does_not_get_ready_is_given_up(compare, tmp_path, monkeypatch):
     (tmp_path / "peers" / "broken.py").write_text("import time; time.sleep(60)")
     outcome, _ = run(compare, monkeypatch, tmp_path, "--programs=fast,broken", "--patience=3", "--rounds=1")
     assert list(outcome["programs"]) == ["fast"]
-    assert "not ready after 3 s; give it more by --patience" in outcome["skipped"]["broken"]
+    assert "not ready within --patience=3" in outcome["skipped"]["broken"]

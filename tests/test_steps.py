@@ -217,6 +217,11 @@ def test_one_number_that_is_not_finite_is_found_wherever_it_is(leaf, value):
     assert not bool(is_finite(grads)) and not bool(jax.jit(is_finite)(grads))
 
 
+def test_numbers_are_as_good_as_infinite_once_the_sum_of_their_squares_is():
+    large = jnp.float32(1.5e19)
+    assert bool(is_finite({"a": large})) and not bool(is_finite({"a": large, "b": large[None]}))
+
+
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("condition", [True, False])
 def test_an_update_happens_where_its_condition_holds(monkeypatch, platform, condition):
