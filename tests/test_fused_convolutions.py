@@ -23,3 +23,22 @@ def test_conv_1x1_is_the_convolution(size):
 @pytest.mark.parametrize("size", SIZES)
 def test_conv_3x3_is_the_convolution(size):
     assert_same_function(ops.conv_3x3, convolve, random_array(2, *size, 6), random_array(3, 3, 6, 4, seed=1))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("size", "window", "strides", "padding"),
+    [
+        ((9, 12), (7, 7), (2, 2), ((3, 3), (3, 3))),
+        ((8, 7), (3, 3), (2, 2), ((0, 0), (0, 0))),
+        ((5, 6), (1, 4), (1, 3), ((0, 1), (2, 0))),
+    ],
+)
+def test_conv_images_is_the_convolution(batch, size, window, strides, padding):
+    def expected(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def images(x, kernel):
+        return ops.conv_images(x, kernel, strides, padding)
+
+    assert_same_function(images, expected, random_array(batch, *size, 3), random_array(*window, 3, 5, seed=1))

@@ -14,7 +14,7 @@ from cxa_jax.models.fused_dense_block import (
     dense_block,
     dense_block_inference,
 )
-from cxa_jax.models.fused_layers import Norm
+from cxa_jax.models.fused_layers import Norm, convolve
 from cxa_jax.models.fused_pools import avg_pool_2x2, max_pool_3x3
 from cxa_jax.models.fused_stem import convolve_blocks
 from cxa_jax.models.initialization import glorot_uniform
@@ -116,8 +116,8 @@ def fused_densenet(
     kernels: bool,
 ) -> jax.Array:
     """Build the fused graph in the scope of the calling DenseNet: images [B, H, W, 3] -> F [B, H/32, W/32, C]."""
-    padding, convolve = ((3, 3), (3, 3)), convolve_blocks if kernels else None
-    x = conv(64, 7, strides=2, padding=padding, dtype=dtype, convolve=convolve, name="stem_conv")(images)
+    stem = {"padding": ((3, 3), (3, 3)), "convolve": convolve_blocks if kernels else convolve}
+    x = conv(64, 7, strides=2, dtype=dtype, **stem, name="stem_conv")(images)
     moments = fused_norms.compute_moments(x) if train else None
     x = Norm(64, name="stem_norm")(x, moments, epsilon, relu=True, kernels=kernels)
     x = max_pool_3x3(x, kernels=kernels)

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from cxa_jax.models import fused_norms, norm_kernel
-from cxa_jax.models.fused_convolutions import Pair, conv_1x1, conv_windows
+from cxa_jax.models.fused_convolutions import Pair, conv_1x1, conv_images, conv_windows
 
 BATCH_NORM_MOMENTUM = 0.99
-MIN_CHANNELS = 16  # of a kernel's input: below, as on an image, a product for each of its cells does not pay
+MIN_CHANNELS = (
+    16  # of a kernel's input: below, as on an image, a product for each of its cells does not pay, one for all does
+)
 
 
 def convolve(
@@ -24,15 +26,14 @@ def convolve(
       kernel: [kh, kw, C, D].
       strides: along H and W.
       padding: 'SAME', 'VALID' or pairs (low, high).
-      options: the rest of what nn.Conv hands over, for lax alone.
+      options: the rest of what nn.Conv hands over, as it is by default.
     """
     if kernel.shape[:2] == (1, 1):
         return conv_1x1(x[:, :: strides[0], :: strides[1]], kernel)
-    if kernel.shape[2] < MIN_CHANNELS:
-        return lax.conv_general_dilated(x, kernel, strides, padding, **options)
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-    return conv_windows(x, kernel, tuple(strides), tuple(map(tuple, padding)))
+    operation = conv_images if kernel.shape[2] < MIN_CHANNELS else conv_windows
+    return operation(x, kernel, tuple(strides), tuple(map(tuple, padding)))
 
 
 class Norm(nn.Module):

@@ -77,8 +77,22 @@ def _max_pool_of_blocks(x):
 _max_pool_of_blocks.defvjp(lambda x: _max_and_cell(_pad(x, 1)), lambda cell, g: (pool_kernel.undo_max_pool(cell, g),))
 
 
+@jax.custom_vjp
 def avg_pool_2x2(x: jax.Array) -> jax.Array:
-    """Average [B, H, W, C] over 2x2 cells; an odd last row or column is dropped: -> [B, H//2, W//2, C]."""
-    batch, height, width, channels = x.shape
-    rows, cols = height // 2, width // 2
-    return x[:, : 2 * rows, : 2 * cols].reshape(batch, rows, 2, cols, 2, channels).mean((2, 4))
+    """Average [B, H, W, C] over 2x2 cells; an odd last row or column is dropped: -> [B, H//2, W//2, C].
+
+    A sum of four views takes in whatever computes x; for a reduction XLA:CPU writes x, and a ReLU's zeros as an array
+    of their own. First-order gradients only.
+    """
+    rows, cols = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
+    return sum(x[:, i:rows:2, j:cols:2] for i in range(2) for j in range(2)) / 4
+
+
+def _avg_pool_backward(x, g):
+    batch, rows, cols, channels = g.shape
+    g = jnp.broadcast_to(g[:, :, None, :, None] / 4, (batch, rows, 2, cols, 2, channels))
+    odd = [(0, 0), (0, x.shape[1] - 2 * rows), (0, x.shape[2] - 2 * cols), (0, 0)]
+    return (jnp.pad(g.reshape(batch, 2 * rows, 2 * cols, channels), odd),)
+
+
+avg_pool_2x2.defvjp(lambda x: (avg_pool_2x2(x), x), _avg_pool_backward)  # of x, its shape alone
