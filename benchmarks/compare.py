@@ -26,17 +26,7 @@ import time
 from collections.abc import Iterator
 
 from processes import Processes
-from records import (
-    HERE,
-    count,
-    file_name,
-    find_commit,
-    interpreter,
-    is_not_a_place,
-    new_folder,
-    processor,
-    write_files,
-)
+from records import HERE, add_flags, count, find_commit, is_not_a_place, processor, write_files
 
 MARK, RUN_STEPS = "@peer ", 10  # as in peers/protocol.py
 # name: (title, file in peers/, its own flags, whose environment)
@@ -110,22 +100,15 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """Return the flags; leave with one message for a wrong one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", required=True, type=file_name, help="of the files in benchmarks/results")
+    add_flags(parser, rounds=5)
     parser.add_argument("--programs", default=",".join(PROGRAMS), help="the first one is what ratios refer to")
     parser.add_argument("--calls", default="train,predict,predict_one", help=", ".join(CALLS))
     parser.add_argument("--backbone", default="densenet121")
     parser.add_argument("--batch_size", type=count, default=16)
-    parser.add_argument("--image_size", type=count, default=224)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="not of Keras' programs")
-    parser.add_argument("--rounds", type=count, default=5)
     parser.add_argument("--steps", type=count, default=2, help="in a row, of each program in each round")
-    parser.add_argument("--python", type=interpreter, default=sys.executable, help="with the project's requirements")
-    parser.add_argument(
-        "--peers_python", type=interpreter, default=sys.executable, help="with benchmarks/requirements.txt"
-    )
     parser.add_argument("--caches", default="", help="folder for compiled programs; empty: a new one, for cold starts")
     parser.add_argument("--patience", type=float, default=1800, help="seconds that a program may take to start")
-    parser.add_argument("--results", type=new_folder, default=str(HERE / "results"), help="folder of the outcome")
     arguments = parser.parse_args()
     for flag, known in (("programs", PROGRAMS), ("calls", CALLS)):
         names = getattr(arguments, flag).split(",")

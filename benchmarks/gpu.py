@@ -27,17 +27,7 @@ from typing import Any
 import compare
 from compare import RUN_STEPS
 from processes import Processes
-from records import (
-    HERE,
-    count,
-    file_name,
-    find_commit,
-    interpreter,
-    is_not_a_place,
-    new_folder,
-    processor,
-    write_files,
-)
+from records import add_flags, count, find_commit, is_not_a_place, processor, write_files
 
 CALL = "train_run"
 DTYPES = ("float32", "bfloat16")
@@ -84,15 +74,10 @@ def parse_arguments() -> argparse.Namespace:
     """Return the flags, each of `groups` as its four parts; leave with one message for a wrong one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="+", type=group, help="BACKBONES/BATCH_SIZES/TYPES/PROGRAMS")
-    parser.add_argument("--name", required=True, type=file_name, help="of the files in benchmarks/results")
-    parser.add_argument("--rounds", type=count, default=3)
+    add_flags(parser, rounds=3)
     # What waits keeps its memory: at batch 256 fourteen programs were too many for 80 GB, and most of them ended.
     parser.add_argument("--at_once", type=count, default=4, help="programs that run, as cores and GPU memory allow")
     parser.add_argument("--patience", type=float, default=1800, help="seconds; what has not started then is left out")
-    parser.add_argument("--image_size", type=count, default=224)
-    parser.add_argument("--python", type=interpreter, default=sys.executable, help="with the project's requirements")
-    parser.add_argument("--peers_python", type=interpreter, default=sys.executable, help="with those of benchmarks/")
-    parser.add_argument("--results", type=new_folder, default=str(HERE / "results"), help="folder of the outcome")
     return parser.parse_args()
 
 

@@ -34,8 +34,7 @@ class Processes:
         with self._lock:
             self._running.discard(process.pid)
             if process.poll() is None:
-                for pid in find_family(process.pid):
-                    send(pid, signal.SIGKILL)
+                kill_family(process.pid)
         process.wait()
 
     def end_all(self) -> None:
@@ -43,8 +42,7 @@ class Processes:
         with self._lock:
             self._over = True
             for root in self._running:
-                for pid in find_family(root):
-                    send(pid, signal.SIGKILL)
+                kill_family(root)
 
     @contextlib.contextmanager
     def only(self, pids: set[int]) -> Iterator[None]:
@@ -74,6 +72,12 @@ def find_family(root: int) -> set[int]:
         family |= more
         more = {pid for pid, parent in parents.items() if parent in more} - family
     return family
+
+
+def kill_family(root: int) -> None:
+    """Kill the process and all that it has started."""
+    for pid in find_family(root):
+        send(pid, signal.SIGKILL)
 
 
 def send(pid: int, number: int) -> None:

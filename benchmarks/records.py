@@ -1,4 +1,4 @@
-"""What a benchmark's record says of where it comes from, and how it is written. Standard library alone."""
+"""What compare.py and gpu.py share: flags and their checks, where a record comes from, and how it is written."""
 
 import argparse
 import os
@@ -6,6 +6,7 @@ import pathlib
 import platform
 import shutil
 import subprocess
+import sys
 
 HERE = pathlib.Path(__file__).parent
 
@@ -40,6 +41,16 @@ def new_folder(text: str) -> str:
     if not os.access(text, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written to")
     return text
+
+
+def add_flags(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """Add the flags that both have; `rounds` is that one's default."""
+    parser.add_argument("--name", required=True, type=file_name, help="of the files in benchmarks/results")
+    parser.add_argument("--image_size", type=count, default=224)
+    parser.add_argument("--rounds", type=count, default=rounds)
+    for flag, installed in (("--python", "requirements.txt"), ("--peers_python", "benchmarks/requirements.txt")):
+        parser.add_argument(flag, type=interpreter, default=sys.executable, help=f"with {installed}")
+    parser.add_argument("--results", type=new_folder, default=str(HERE / "results"), help="folder of the outcome")
 
 
 def find_commit() -> str:

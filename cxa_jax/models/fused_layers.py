@@ -11,9 +11,7 @@ from cxa_jax.models import fused_norms, norm_kernel
 from cxa_jax.models.fused_convolutions import Pair, conv_1x1, conv_images, conv_windows
 
 BATCH_NORM_MOMENTUM = 0.99
-MIN_CHANNELS = (
-    16  # of a kernel's input: below, as on an image, a product for each of its cells does not pay, one for all does
-)
+MIN_CHANNELS = 16  # of a kernel's input: below, as on an image, one product for all its cells, not one for each
 
 
 def convolve(
