@@ -9,7 +9,8 @@ import pytest
 from backbone_variables import check_options
 from receptive_fields import chain_geometry, gradient_centre
 
-from cxa_jax.models.inception_resnet_v2 import BLOCK8, InceptionResNetV2, ResidualBlock
+from cxa_jax.models import inception_resnet_v2
+from cxa_jax.models.inception_resnet_v2 import BLOCK8, BLOCK17, BLOCK35, InceptionResNetV2, ResidualBlock
 
 SMALL = (1, 1, 1)
 
@@ -53,3 +54,18 @@ def test_geometry_by_gradient():
 
 def test_options_are_the_same_function():
     check_options(InceptionResNetV2(num_blocks=SMALL), 75)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_blocks_of_a_kind_are_traced_once(monkeypatch, train):
+    traced = []
+
+    def apply_block(block, x, *, train):
+        traced.append(block.branches)
+        return block(x, train=train)
+
+    net, images = InceptionResNetV2(num_blocks=(3, 2, 3)), jax.ShapeDtypeStruct((2, 75, 75, 3), jnp.float32)
+    variables = jax.eval_shape(net.init, jax.random.key(0), images)
+    monkeypatch.setattr(inception_resnet_v2, "_apply_block", apply_block)
+    jax.eval_shape(partial(net.apply, train=train, mutable=["batch_stats"]), variables, images)
+    assert traced == [BLOCK35, BLOCK17, BLOCK8]  # of the third kind the last block stands for itself

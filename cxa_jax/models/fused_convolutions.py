@@ -38,7 +38,7 @@ def device_grams(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
     In a loop a sum over devices would be exchanged in every turn; parts are added up behind it, all at once. If the
     devices that share the batch are a divisor of N, as those of `create_mesh` are, no part lies on two of them.
     """
-    num_parts = math.gcd(a.shape[0], jax.device_count())
+    num_parts = _count_parts(a)
     a, b = a.reshape(num_parts, -1, a.shape[-1]), b.reshape(num_parts, -1, b.shape[-1])
     return lax.dot_general(a, b, (((1,), (1,)), ((0,), (0,))), preferred_element_type=dtype)
 
@@ -140,7 +140,7 @@ def conv_images(x: jax.Array, kernel: jax.Array, strides: Pair, padding: tuple[P
 def _conv_images_backward(strides, padding, saved, g):
     x, kernel = saved
     _, undo = jax.vjp(lambda x: _convolve(x, kernel, strides, padding), x)
-    num_parts = math.gcd(len(x), jax.device_count())  # as in `device_grams`: each device goes through its own images
+    num_parts = _count_parts(x)  # each device goes through its own images
     rows, cols = (
         [slice(i, i + (n - 1) * stride + 1, stride) for i in range(window)]
         for n, stride, window in zip(g.shape[1:3], strides, kernel.shape[:2], strict=True)
@@ -163,6 +163,11 @@ conv_images.defvjp(lambda *args: (conv_images(*args), args[:2]), _conv_images_ba
 
 def _convolve(x, kernel, strides, padding):
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC)
+
+
+def _count_parts(x):
+    """The most of all devices that divide the batch of x: its sums are kept in so many parts, see `device_grams`."""
+    return math.gcd(len(x), jax.device_count())
 
 
 def _strided(x, start, size, strides):
