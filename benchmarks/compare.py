@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from processes import Processes
+from processes import Processes, end_by_sigterm
 from records import HERE, add_flags, count, find_commit, is_not_a_place, processor, write_files
 
 MARK, RUN_STEPS = "@peer ", 10  # as in peers/protocol.py
@@ -279,4 +279,5 @@ def write(outcome: dict, arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    end_by_sigterm()
     main()

@@ -18,7 +18,6 @@ import itertools
 import json
 import os
 import pathlib
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from typing import Any
 
 import compare
 from compare import RUN_STEPS
-from processes import Processes
+from processes import Processes, end_by_sigterm
 from records import add_flags, count, find_commit, is_not_a_place, processor, write_files
 
 CALL = "train_run"
@@ -62,7 +61,6 @@ def main() -> None:
     """Parse flags, start and time all settings, write after each."""
     arguments = parse_arguments()
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the programs share the GPU's memory
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # what is stopped would stay so
     cells = []
     with contextlib.closing(start_all(list_settings(arguments), arguments)) as ready:
         for setting in ready:
@@ -216,4 +214,5 @@ def write(cells: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    end_by_sigterm()
     main()

@@ -5,6 +5,7 @@ import os
 import pathlib
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -59,6 +60,11 @@ class Processes:
             finally:
                 for pid in stopped:
                     send(pid, signal.SIGCONT)
+
+
+def end_by_sigterm() -> None:
+    """Let SIGTERM end this process as an error does, so that the programs it has begun are ended, not left stopped."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
 
 
 def find_family(root: int) -> set[int]:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from quick import initialize, jit
 
 from cxa_jax.models.fused_layer_groups import LayerParams
 from cxa_jax.models.fused_norms import Affine
@@ -29,7 +30,7 @@ def random_dense_layers(normal, num_layers, channels, growth, bottleneck=5):
 def perturbed_variables(net, images, dtype):
     """Variables far from their initial values, variances positive."""
     rng = np.random.default_rng(0)
-    variables = jax.jit(net.init)(jax.random.key(1), images)
+    variables = initialize(net, jax.random.key(1), images)
     variables = jax.tree.map(lambda a: jnp.asarray(a + 0.3 * rng.normal(size=a.shape), dtype), variables)
     return variables | {"batch_stats": jax.tree.map(jnp.abs, variables["batch_stats"])}
 
@@ -43,9 +44,9 @@ def run(net, variables, images):
         weights = jnp.cos(jnp.arange(features.size, dtype=jnp.float32)).reshape(features.shape)
         return (features.astype(dtype) * weights).sum(), (features, updated)
 
-    gradients, (features, updated) = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(variables["params"], images)
+    gradients, (features, updated) = jit(jax.grad(loss, (0, 1), has_aux=True))(variables["params"], images)
 
-    @jax.jit
+    @jit
     def infer(variables, images):
         features, pull = jax.vjp(lambda x: net.apply(variables, x, train=False), images)
         return features, pull(jnp.ones_like(features))

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import subprocess
 import sys
 import time
 
@@ -108,7 +109,6 @@ def test_every_program_has_its_file(monkeypatch):
 def run_gpu(compare, tmp_path, monkeypatch):
     gpu = load("gpu", monkeypatch)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "")
-    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
 
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["gpu.py", "--name=x", f"--results={tmp_path / 'results'}", *flags])
@@ -241,3 +241,20 @@ def test_a_program_that_does_not_get_ready_is_given_up(compare, tmp_path, monkey
     outcome, _ = run(compare, monkeypatch, tmp_path, "--programs=fast,broken", "--patience=3", "--rounds=1")
     assert list(outcome["programs"]) == ["fast"]
     assert "not ready within --patience=3" in outcome["skipped"]["broken"]
+
+
+@pytest.mark.parametrize("script", [["compare.py", "--programs=torch"], ["gpu.py", "resnet50/4/float32/torch"]])
+def test_sigterm_ends_what_was_begun(tmp_path, script):
+    peer = tmp_path / "python"
+    peer.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/new && mv {tmp_path}/new {tmp_path}/pid\nexec sleep 300\n")
+    peer.chmod(0o755)
+    flags = ["--name=x", f"--results={tmp_path}", f"--peers_python={peer}"]
+    command = [sys.executable, str(FOLDER / script[0]), *script[1:], *flags]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        for _ in range(600):
+            if (tmp_path / "pid").exists():
+                break
+            time.sleep(0.1)
+        process.terminate()
+        assert process.communicate(timeout=60)[1].endswith("ended by SIGTERM\n")
+    assert not pathlib.Path("/proc", (tmp_path / "pid").read_text().strip()).exists()

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from backbone_variables import check_options, random_variables
+from quick import jit
 from receptive_fields import chain_geometry, gradient_centre
 
 from cxa_jax.models.densenet import DenseNet, DenseNet121, DenseNet201
@@ -49,7 +50,7 @@ def test_every_parameter_gets_a_gradient():
         out, _ = module.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])
         return (out * weights).sum()
 
-    gradients = jax.jit(jax.grad(loss))(variables["params"])
+    gradients = jit(jax.grad(loss))(variables["params"])
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         assert np.abs(gradient).max() > 0, path
 

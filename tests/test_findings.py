@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from quick import initialize, jit
 from sklearn.metrics import roc_auc_score
 
 from configs import dense121
@@ -49,8 +50,8 @@ def test_texts_become_ones_where_a_finding_is_named():
 def test_each_finding_is_pooled_with_its_own_map_and_read_with_its_own_weights():
     model = CardioXAttentionNet(tiny.BACKBONES["tiny"](), num_labels=14)
     images = jax.random.uniform(jax.random.key(1), (3, 96, 64, 3))
-    variables = jax.jit(model.init)(jax.random.key(0), images)
-    logits, out = jax.jit(model.apply)(variables, images)
+    variables = initialize(model, jax.random.key(0), images)
+    logits, out = jit(model.apply)(variables, images)
     assert out["finding_attention"].shape == (3, 3, 2, 14) and out["attention"].shape == (3, 3, 2, 1)
     head = variables["params"]["classifier"]
     attention = np.asarray(out["finding_attention"], np.float64)

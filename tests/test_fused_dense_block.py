@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import jit
 from same_function import perturbed_variables, random_dense_layers, relative_errors, run
 
 from cxa_jax.errors import UserError
+from cxa_jax.hlo import ANALYSIS_ONLY
 from cxa_jax.models import densenet
 from cxa_jax.models.densenet import DenseNet
 from cxa_jax.models.fused_dense_block import dense_block
@@ -117,7 +119,7 @@ def test_features_may_be_narrower_than_parameters(narrow, tolerance, recompute):
         def loss(params, x):
             return jnp.square(dense_block(x, *params, EPSILON, recompute)[0].astype(jnp.float64)).mean()
 
-        found, expected = (jax.jit(jax.grad(loss))(params, x) for x in (x.astype(narrow), x))
+        found, expected = (jit(jax.grad(loss))(params, x) for x in (x.astype(narrow), x))
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             assert a.dtype == jnp.float64
             assert np.linalg.norm(a - b) <= tolerance * (np.linalg.norm(b) + 1e-3)
@@ -159,7 +161,7 @@ def test_needs_less_memory_and_traffic_than_plain():
             return jnp.square(features).mean(), updated
 
         step = jax.jit(jax.grad(loss, has_aux=True))
-        compiled = step.lower(variables["params"], variables["batch_stats"], images).compile()
+        compiled = step.lower(variables["params"], variables["batch_stats"], images).compile(ANALYSIS_ONLY)
         return compiled.memory_analysis().temp_size_in_bytes, compiled.cost_analysis()["bytes accessed"]
 
     (memory, traffic), (plain_memory, plain_traffic) = cost("fused"), cost("plain")
@@ -170,16 +172,17 @@ def test_needs_less_memory_and_traffic_than_plain():
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from quick import initialize, jit
 from cxa_jax.hlo import count_collectives
 from cxa_jax.models import densenet
 densenet.GROWTH = 8  # so that four layers are looped over, then two
 net = densenet.DenseNet((6, 1), implementation="fused")
 images = jnp.asarray(np.random.default_rng(0).random((4, 32, 48, 3)), jnp.float32)
-variables = jax.jit(net.init)(jax.random.key(0), images)
+variables = initialize(net, jax.random.key(0), images)
 def loss(params, images):
     features, updated = net.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])
     return jnp.square(features - 0.3).mean(), updated
-step = jax.jit(jax.grad(loss, has_aux=True))
+step = jit(jax.grad(loss, has_aux=True))
 single = step(variables["params"], images)
 mesh = Mesh(np.array(jax.devices()), ("data",))
 assert mesh.size == 2

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import jit
 from same_function import random_dense_layers
 
 from cxa_jax.models import fused_layer_groups
@@ -99,7 +100,7 @@ def test_loops_change_nothing(monkeypatch, recompute):
             outputs = dense_block(x, layers, closing, EPSILON, recompute)
             return sum(jnp.sin(leaf).sum() for leaf in jax.tree.leaves(outputs)), outputs
 
-        compute = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
+        compute = jit(jax.grad(loss, (0, 1, 2), has_aux=True))
         assert ("while" in compute.lower(x, layers, closing).as_text()) == looped
         return compute(x, layers, closing)
 

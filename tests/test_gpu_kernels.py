@@ -64,8 +64,15 @@ def test_a_training_graph_calls_the_kernels():
     assert set(count_kernels(create("fused"), images).values()) == {0}
 
 
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize(("batch", "height", "width"), [(4, 64, 64), (2, 96, 32)])
+@pytest.mark.parametrize(
+    ("batch", "height", "width", "remat"),
+    [
+        (4, 64, 64, False),
+        (2, 96, 32, True),
+        pytest.param(4, 64, 64, True, marks=pytest.mark.slow),
+        pytest.param(2, 96, 32, False, marks=pytest.mark.slow),
+    ],
+)
 def test_equals_plain_in_float64(float64, batch, height, width, remat):
     """Blocks of 16x16, 8x8 and 4x4 pixels an image and fewer: some tiles are whole, some the smallest there is."""
     images = jnp.asarray(np.random.default_rng(1).random((batch, height, width, 3)))

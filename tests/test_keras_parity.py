@@ -7,6 +7,7 @@ import h5py
 import jax
 import numpy as np
 import pytest
+from quick import QUICK
 
 from cxa_jax.data.augment import normalize_images, to_rgb
 from cxa_jax.models.backbones import BACKBONES
@@ -19,7 +20,6 @@ from cxa_jax.models.resnet import ResNet
 SMALLEST = {"densenet121": 64, "densenet201": 64, "resnet50": 64, "inception_resnet_v2": 75}
 RELATIVE_TO_SCALE = 1e-5  # float32
 STATISTICS_TOLERANCE, GRADIENT_TOLERANCE = 1e-9, 1e-7  # float64
-QUICK = {"xla_backend_optimization_level": 0}  # compile fast, run slowly: for one small inference
 
 
 @pytest.fixture(scope="session")

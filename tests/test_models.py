@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny  # noqa: F401  registers the backbone 'tiny', which is none of the eight models'
 from backbone_variables import random_variables
+from quick import QUICK
 
 from cxa_jax.errors import UserError
 from cxa_jax.models import BACKBONES, create_model
@@ -58,7 +59,6 @@ REDUCED = {
 }
 POOLED = ("amm", "gap")
 BATCH = 3
-QUICK = {"xla_backend_optimization_level": 0}  # compile fast, run slowly
 # Greatest difference of a bfloat16 backbone from float32, over the greatest value; two to three times what was seen.
 BFLOAT16 = {
     "features": 0.03,

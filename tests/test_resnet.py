@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from backbone_variables import check_options, random_variables
+from quick import jit
 from receptive_fields import chain_geometry, gradient_centre
 
 from cxa_jax.models.resnet import ResNet, ResNet50
@@ -53,7 +54,7 @@ def test_every_parameter_but_normed_biases_gets_a_gradient():
         out, _ = module.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])
         return (out * weights).sum()
 
-    gradients = jax.jit(jax.grad(loss))(variables["params"])
+    gradients = jit(jax.grad(loss))(variables["params"])
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         is_conv_bias = path[-1].key == "bias" and "conv" in path[-2].key
         assert is_conv_bias or np.abs(gradient).max() > 0, path

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from ml_collections import ConfigDict
+from quick import jit
 
 from cxa_jax.data.augment import normalize_images, to_rgb
 from cxa_jax.evidence import linearized_evidence
@@ -27,7 +28,7 @@ def parts():
     model = CardioXAttentionNet(tiny.BACKBONES["tiny"](), dropout=0.0)
     tx = create_optimizer(0.1, 0.9)
     state = create_train_state(jax.random.key(1), model, tx, tiny.SIZE)
-    step = jax.jit(make_train_step(model, tx, jax.random.key(0), WEIGHTS, "min_max", config.augment))
+    step = jit(make_train_step(model, tx, jax.random.key(0), WEIGHTS, "min_max", config.augment))
     rng = np.random.default_rng(5)
     batch = {
         "image": rng.integers(0, 256, (6, tiny.SIZE, tiny.SIZE, 1)).astype(np.uint8),
@@ -42,15 +43,14 @@ def test_step_is_loss_gradient_and_sgd(parts):
     new_state, metrics = step(state, batch, np.float32(0.3))
     images = to_rgb(normalize_images(batch["image"], "min_max"), "min_max")
 
-    @jax.jit
     def loss(params):
         variables = {"params": params, "batch_stats": state.batch_stats}
         (logits, _), updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
         losses = weighted_binary_cross_entropy(logits, batch["label"], WEIGHTS)
         return losses[batch["mask"]].sum() / 5, updated["batch_stats"]
 
-    value, batch_stats = loss(state.params)
-    gradient = jax.jit(jax.grad(loss, has_aux=True))(state.params)[0]
+    value, batch_stats = jit(loss)(state.params)
+    gradient = jit(jax.grad(loss, has_aux=True))(state.params)[0]
     assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)  # noqa: E731
     jax.tree.map(close, new_state.batch_stats, batch_stats)
@@ -65,9 +65,9 @@ def test_penalty_on_the_attention_of_negatives(parts):
     penalized = make_train_step(
         model, tx, jax.random.key(0), WEIGHTS, "min_max", config.augment, attention_negative_weight=3.0
     )
-    new_state, metrics = jax.jit(penalized)(state, batch, np.float32(1))
+    new_state, metrics = jit(penalized)(state, batch, np.float32(1))
     images = to_rgb(normalize_images(batch["image"], "min_max"), "min_max")
-    (_, out), _ = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))(state.variables, images)
+    (_, out), _ = jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))(state.variables, images)
     plain_state, plain = step(state, batch, np.float32(1))
     negatives = batch["mask"] & (batch["label"] == 0)
     darkness = np.asarray(out["attention"])[negatives].mean()
@@ -76,7 +76,7 @@ def test_penalty_on_the_attention_of_negatives(parts):
     bias = lambda state: float(state.params["amm"]["conv4"]["bias"][0])  # noqa: E731
     assert bias(new_state) < bias(plain_state)
     flipped = batch | {"label": np.where(batch["mask"], batch["label"], 1 - batch["label"])}
-    jax.tree.map(np.testing.assert_array_equal, jax.jit(penalized)(state, flipped, np.float32(1))[0], new_state)
+    jax.tree.map(np.testing.assert_array_equal, jit(penalized)(state, flipped, np.float32(1))[0], new_state)
 
 
 def test_masked_row_has_no_say_in_the_loss(parts):
@@ -105,7 +105,7 @@ def test_same_keys_same_step_other_step_other_augmentation():
     model = CardioXAttentionNet(tiny.BACKBONES["tiny"]())
     tx = create_optimizer(0.1, 0.9)
     state = create_train_state(jax.random.key(1), model, tx, tiny.SIZE)
-    step = jax.jit(make_train_step(model, tx, jax.random.key(0), WEIGHTS, "min_max", config.augment))
+    step = jit(make_train_step(model, tx, jax.random.key(0), WEIGHTS, "min_max", config.augment))
     image = np.random.default_rng(0).integers(0, 256, (4, tiny.SIZE, tiny.SIZE, 1)).astype(np.uint8)
     batch = {"image": image, "label": np.array([0, 1, 0, 1], np.int32), "mask": np.ones(4, bool)}
     losses = [float(step(state.replace(step=jnp.int32(n)), batch, np.float32(1))[1]["loss"]) for n in (0, 0, 1)]
@@ -145,8 +145,8 @@ def test_a_batch_in_parts_is_the_batch_without_batch_statistics(num_parts):
         options = {"attention_negative_weight": 3.0}
         make = partial(make_train_step, model, tx, jax.random.key(0), WEIGHTS, "min_max", config.augment, **options)
         batch = draw_batch(np.random.default_rng(), 12)
-        whole, metrics = jax.jit(make())(state, batch, np.float64(0.3))
-        parts, metrics_of_parts = jax.jit(make(accumulate_steps=num_parts))(state, batch, np.float64(0.3))
+        whole, metrics = jit(make())(state, batch, np.float64(0.3))
+        parts, metrics_of_parts = jit(make(accumulate_steps=num_parts))(state, batch, np.float64(0.3))
     assert float(metrics["loss"]) == pytest.approx(float(metrics_of_parts["loss"]), rel=1e-12)
     close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12)
     jax.tree.map(close, parts, whole)
@@ -162,8 +162,8 @@ def test_parts_have_their_own_batch_statistics():
     batch["mask"] = np.array([True, True, False, True, True, True])
     augmentation = ConfigDict({"enabled": False})
     step = make_train_step(model, tx, jax.random.key(0), WEIGHTS, "min_max", augmentation, accumulate_steps=2)
-    new_state, metrics = jax.jit(step)(state, batch, np.float32(1))
-    apply = jax.jit(lambda variables, images: model.apply(variables, images, train=True, mutable=["batch_stats"]))
+    new_state, metrics = jit(step)(state, batch, np.float32(1))
+    apply = jit(lambda variables, images: model.apply(variables, images, train=True, mutable=["batch_stats"]))
     variables, total = state.variables, 0.0
     for rows in (slice(0, None, 2), slice(1, None, 2)):
         images = to_rgb(normalize_images(batch["image"][rows], "min_max"), "min_max")
@@ -178,9 +178,9 @@ def test_parts_have_their_own_batch_statistics():
 
 def test_eval_step_gives_logits_attention_and_evidence(parts):
     model, state, _, batch = parts
-    out = jax.jit(make_eval_step(model, "min_max"))(state.variables, batch["image"])
+    out = jit(make_eval_step(model, "min_max"))(state.variables, batch["image"])
     images = to_rgb(normalize_images(batch["image"], "min_max"), "min_max")
-    logits, parts_ = jax.jit(lambda v, x: model.apply(v, x, train=False))(state.variables, images)
+    logits, parts_ = jit(lambda v, x: model.apply(v, x, train=False))(state.variables, images)
     np.testing.assert_allclose(out["logit"], logits, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(out["attention"], parts_["attention"][..., 0], rtol=1e-5)
     head = lambda pooled: model.apply(state.variables, pooled, method="classify")  # noqa: E731
@@ -193,7 +193,7 @@ def test_the_class_activation_map_of_an_average_adds_up_to_the_logit(parts):
     _, _, _, batch = parts
     model = CardioXAttentionNet(tiny.BACKBONES["tiny"](), pooling="gap", head="linear")
     state = create_train_state(jax.random.key(2), model, create_optimizer(0.1, 0.9), tiny.SIZE)
-    out = jax.jit(make_eval_step(model, "min_max"))(state.variables, batch["image"])
+    out = jit(make_eval_step(model, "min_max"))(state.variables, batch["image"])
     bias = state.params["classifier"]["logit"]["bias"][0]
     np.testing.assert_allclose(jnp.mean(out["cam"], axis=(1, 2)) + bias, out["logit"], rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(out["cam"] / out["cam"][0].size, out["evidence"], rtol=1e-3, atol=1e-6)
@@ -214,7 +214,7 @@ def test_one_number_that_is_not_finite_is_found_wherever_it_is(leaf, value):
     grads = {"kernel": rng.normal(size=(3, 4)), "bias": rng.normal(size=5), "scalar": np.array(1.5)}
     assert bool(is_finite(grads)) and bool(is_finite({"kernel": grads["kernel"]}))
     grads[leaf].flat[-1] = value
-    assert not bool(is_finite(grads)) and not bool(jax.jit(is_finite)(grads))
+    assert not bool(is_finite(grads)) and not bool(jit(is_finite)(grads))
 
 
 def test_numbers_are_as_good_as_infinite_once_the_sum_of_their_squares_is():
@@ -231,7 +231,7 @@ def test_an_update_happens_where_its_condition_holds(monkeypatch, platform, cond
     bad = {"a": jnp.full(3, jnp.nan), "n": jnp.int32(7)}
 
     made = new if condition else bad
-    found = jax.jit(lambda condition: update_if(condition, lambda: made, old))(condition)
+    found = jit(lambda condition: update_if(condition, lambda: made, old))(condition)
     jax.tree.map(np.testing.assert_array_equal, found, new if condition else old)
     used = str(jax.make_jaxpr(lambda condition: update_if(condition, lambda: made, old))(condition))
     assert ("cond[" in used) == (platform == "cpu")
