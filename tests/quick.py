@@ -1,4 +1,7 @@
-"""Programs that a test runs once or twice: compiled fast, and variables without a program for them."""
+"""Programs that a test runs once or twice: compiled fast, and variables without a program for them.
+
+Not for a program whose answer to NaN or infinity is tested: an optimiser that takes numbers for finite could alter it.
+"""
 
 import jax
 
