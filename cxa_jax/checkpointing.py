@@ -184,8 +184,10 @@ class Checkpoints:
         restored = self._manager.restore(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore()))
         read = {name: restored[name] for name in moulds} | {"meta": dict(restored["meta"])}
         digests = read["meta"].pop(DIGESTS, None)
-        if digests is None:  # of a version before digests
-            return read
+        if digests is None:
+            if any(isinstance(value, dict) and value.keys() >= {*ARRAYS, "meta"} for value in read["meta"].values()):
+                raise ValueError(f"meta: the name of the SHA-256 values is no longer {DIGESTS!r}")
+            return read  # of a version before digests
         found = {name: digest_arrays(read[name]) for name in moulds} | {"meta": digest_json([step, read["meta"]])}
         altered = [name for name in found if found[name] != digests[name]]
         if altered:

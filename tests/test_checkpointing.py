@@ -1,6 +1,7 @@
 """Checkpoints: what comes back is what went in; damage falls back to an older one, and says so."""
 
 import errno
+import json
 import logging
 import os
 import signal
@@ -189,11 +190,30 @@ def test_content_that_reads_well_and_is_not_what_was_saved_is_damage(tmp_path, i
             checkpoints.restore(abstract(make_state(0)))
 
 
-def test_a_checkpoint_of_before_digests_is_read(tmp_path, monkeypatch):
+def test_a_flipped_bit_in_the_name_of_the_digests_is_damage(tmp_path):
+    """Without its name a digest compares nothing: what has digests by another name is none of an older version."""
     with Checkpoints(tmp_path, "latest") as checkpoints:
-        with monkeypatch.context() as patch:
-            patch.setattr("cxa_jax.checkpointing.DIGESTS", "other")
-            checkpoints.save(make_state(1), {"a": 1})
+        checkpoints.save(make_state(1), {"a": 1})
+    path = tmp_path / "checkpoints/latest/1/meta/metadata"
+    sound = path.read_bytes()
+    place = sound.index(b'"sha256"') + 1
+    for byte in range(place, place + len("sha256")):
+        altered = bytearray(sound)
+        altered[byte] ^= 1 << np.random.default_rng().integers(7)
+        path.write_bytes(altered)
+        with Checkpoints(tmp_path, "latest", read_only=True) as checkpoints:
+            with pytest.raises(UserError, match="no checkpoint can be read"):
+                checkpoints.restore(abstract(make_state(0)))
+
+
+def test_a_checkpoint_of_before_digests_is_read(tmp_path):
+    with Checkpoints(tmp_path, "latest") as checkpoints:
+        checkpoints.save(make_state(1), {"a": 1})
+    path = tmp_path / "checkpoints/latest/1/meta/metadata"
+    meta = json.loads(path.read_text())
+    del meta["sha256"]
+    path.write_text(json.dumps(meta))
+    with Checkpoints(tmp_path, "latest", read_only=True) as checkpoints:
         assert checkpoints.restore(abstract(make_state(0)))[1]["a"] == 1
 
 

@@ -62,6 +62,7 @@ from cxa_jax.models.fused_norms import (
     undo_normalize_relu,
     undo_standardize,
 )
+from cxa_jax.models.tracing import traced_once
 
 
 class LayerMoments(NamedTuple):
@@ -101,6 +102,7 @@ def _undo_bottleneck(features, g_features, norm1, kernel1, g):
     return _add_to_first(g_features, g), g_norm1, g_kernel1
 
 
+@partial(traced_once, static_argnames="epsilon")
 def _undo_growth(y, moments, norm2, kernel2, epsilon, g, g_moments):
     """Gradients of y_l, whole, of norm2 and of kernel2 from those of o_l and of y_l's moments."""
     g, g_kernel2 = undo_conv_3x3((normalize_relu(y, moments, norm2, epsilon), kernel2), g, device_grams)
@@ -161,10 +163,16 @@ def _apply_layer(ops, epsilon, features, inputs):
     """Write one layer's channels, standardised, into the buffer."""
     layer, start = inputs
     y, y_moments = ops.bottleneck(features, layer.norm1, layer.kernel1)
-    new = conv_3x3(normalize_relu(y, y_moments, layer.norm2, epsilon), layer.kernel2)
-    moments = compute_moments(new)
-    new = standardize(new, moments, epsilon)
+    new, moments = _grow(y, y_moments, layer.norm2, layer.kernel2, epsilon)
     return jax.lax.dynamic_update_slice_in_dim(features, new, start, axis=3), Computed(moments, y, y_moments)
+
+
+@partial(traced_once, static_argnames="epsilon")
+def _grow(y, y_moments, norm2, kernel2, epsilon):
+    """A layer's channels, standardised, and their moments."""
+    new = conv_3x3(normalize_relu(y, y_moments, norm2, epsilon), kernel2)
+    moments = compute_moments(new)
+    return standardize(new, moments, epsilon), moments
 
 
 def _dense_block_forward(x, layers, closing, epsilon, recompute, kernels):
@@ -247,12 +255,14 @@ def _not_before(sums, tree):
 
 def _first(features, norm):
     """The channels of the buffer that a norm reads."""
-    return features[..., : norm.scale.size]
+    return jax.lax.slice_in_dim(features, 0, norm.scale.size, axis=3)
 
 
 def _add_to_first(total, g):
     """Add g [..., c] to the first c channels of the buffer `total`."""
-    return jax.lax.dynamic_update_slice_in_dim(total, total[..., : g.shape[-1]] + g, 0, axis=total.ndim - 1)
+    axis = total.ndim - 1
+    first = jax.lax.slice_in_dim(total, 0, g.shape[-1], axis=axis)
+    return jax.lax.dynamic_update_slice_in_dim(total, jax.lax.add(first, g), 0, axis=axis)
 
 
 def _finished(features, moments, epsilon, g_features, sums, start):
@@ -278,7 +288,12 @@ def dense_block_inference(
     for layer, fixed, end in zip(layers, moments, ends, strict=False):
         norm1 = fold_batch_norm(fixed.norm1, layer.norm1, epsilon)
         norm2 = fold_batch_norm(fixed.norm2, layer.norm2, epsilon)
-        y = conv_1x1(apply_affine(features[..., :end], norm1), layer.kernel1 * norm2.scale)
-        y = jax.nn.relu(y + norm2.bias.astype(y.dtype))
-        features = jax.lax.dynamic_update_slice_in_dim(features, conv_3x3(y, layer.kernel2), end, axis=3)
+        y = conv_1x1(apply_affine(_first(features, norm1), norm1), layer.kernel1 * norm2.scale)
+        new = _grow_inference(y, norm2.bias, layer.kernel2)
+        features = jax.lax.dynamic_update_slice_in_dim(features, new, end, axis=3)
     return features
+
+
+@traced_once
+def _grow_inference(y, bias, kernel2):
+    return conv_3x3(jax.nn.relu(y + bias.astype(y.dtype)), kernel2)

@@ -6,6 +6,7 @@ rows of the kernel are zeros: relu(0 S + 0) = 0, and nothing comes back either. 
 channels as the last of them, and their parameters, filled up with zeros, are stacked and looped over.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -56,7 +57,7 @@ def stack_layers(group: Group) -> tuple[LayerParams, np.ndarray]:
     """Return the parameters of n layers as one stack [n, ...], as wide as the last one's, and each's own inputs [n]."""
 
     def stack(*leaves):
-        return jnp.stack([_fill_up(leaf, leaves[-1].shape) for leaf in leaves])
+        return lax.concatenate([lax.expand_dims(_fill_up(leaf, leaves[-1].shape), (0,)) for leaf in leaves], 0)
 
     return jax.tree.map(stack, *group), np.array([layer.num_inputs for layer in group], np.int32)
 
@@ -67,7 +68,7 @@ def unstack_layers(stack: LayerParams, group: Group) -> list[LayerParams]:
     def take(i, stacked, leaf):
         parts = stacked.shape[1 : stacked.ndim - leaf.ndim]
         own = lax.slice(stacked, (i,) + (0,) * (stacked.ndim - 1), (i + 1, *parts, *leaf.shape))
-        return lax.reduce_sum(own.reshape(-1, *leaf.shape), (0,))
+        return lax.reduce_sum(lax.reshape(own, (math.prod(parts), *leaf.shape)), (0,))
 
     return [jax.tree.map(lambda *leaves, i=i: take(i, *leaves), stack, layer) for i, layer in enumerate(group)]
 
@@ -78,10 +79,17 @@ def loop_layers(
     """Do what `lax.scan` does; a single layer without a loop, for XLA to know its place."""
     if len(jax.tree.leaves(inputs)[0]) > 1:
         return lax.scan(function, carry, inputs, reverse=reverse)
-    carry, output = function(carry, jax.tree.map(lambda leaf: leaf[0], inputs))
-    return carry, jax.tree.map(lambda leaf: leaf[None], output)
+    carry, output = function(carry, jax.tree.map(_only_row, inputs))
+    return carry, jax.tree.map(lambda leaf: lax.expand_dims(leaf, (0,)), output)
+
+
+def _only_row(x):
+    """x [1, ...] without its first axis; of a numpy array still a number known now."""
+    return x[0] if isinstance(x, np.ndarray) else lax.squeeze(x, (0,))
 
 
 def _fill_up(x, shape):
     """Put zeros at the ends of x, up to this shape."""
+    if x.shape == shape:
+        return x
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, full - own, 0) for own, full in zip(x.shape, shape, strict=True)])

@@ -9,6 +9,7 @@ from jax import lax
 
 from cxa_jax.models import fused_norms, norm_kernel
 from cxa_jax.models.fused_convolutions import Pair, conv_1x1, conv_images, conv_windows
+from cxa_jax.models.tracing import traced_once
 
 BATCH_NORM_MOMENTUM = 0.99
 MIN_CHANNELS = 16  # of a kernel's input: below, as on an image, one product for all its cells, not one for each
@@ -64,8 +65,7 @@ class Norm(nn.Module):
         """Move the running moments towards the batch's, as nn.BatchNorm does: not while initialising."""
         if self.is_initializing():
             return
-        for running, batch in zip((self.mean, self.var), jax.lax.stop_gradient(moments), strict=True):
-            running.value = BATCH_NORM_MOMENTUM * running.value + (1 - BATCH_NORM_MOMENTUM) * batch
+        self.mean.value, self.var.value = _move(self.running(), moments)
 
     def __call__(
         self, x: jax.Array, moments: fused_norms.Moments | None, epsilon: float, *, relu: bool, kernels: bool = False
@@ -84,3 +84,11 @@ class Norm(nn.Module):
         if relu and kernels:
             normalize = norm_kernel.normalize_relu
         return normalize(x, moments, self.affine(), epsilon)
+
+
+@traced_once
+def _move(running, batch):
+    def move(old, new):
+        return BATCH_NORM_MOMENTUM * old + (1 - BATCH_NORM_MOMENTUM) * new
+
+    return jax.tree.map(move, running, lax.stop_gradient(batch))

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from cxa_jax.models.tracing import traced_once
+
 PIXELS = (0, 1, 2)  # the axes B, H, W of [B, H, W, C]
 
 
@@ -32,7 +34,7 @@ class Affine(NamedTuple):
 
 def first_channels(moments: Moments, num_channels: int) -> Moments:
     """Return the moments of the first channels alone."""
-    return Moments(moments.mean[:num_channels], moments.var[:num_channels])
+    return Moments(*(lax.slice_in_dim(moment, 0, num_channels) for moment in moments))
 
 
 # ---- cut in two: the moments, and the normalisation that is given them ----
@@ -106,12 +108,14 @@ normalize_relu.defvjp(lambda *args: (normalize_relu(*args), args[:3]), undo_norm
 # ---- cut elsewhere: standardised once, by whoever wrote the channels, scaled by each reader ----
 
 
+@partial(traced_once, static_argnames="epsilon")
 def standardize(x: jax.Array, moments: Moments, epsilon: float) -> jax.Array:
     """Compute (x - mean) / sqrt(var + epsilon) of [B, H, W, C], in float32, stored as x is."""
     wide, mean, inv_std = _same_type(_widen(x), moments.mean, lax.rsqrt(moments.var + epsilon))
     return lax.mul(lax.sub(wide, _along(mean, x)), _along(inv_std, x)).astype(x.dtype)
 
 
+@partial(traced_once, static_argnames="epsilon")
 def undo_standardize(
     standardized: jax.Array, moments: Moments, epsilon: float, g: jax.Array, sums: Affine
 ) -> jax.Array:
@@ -155,6 +159,7 @@ def add_relu(x: jax.Array, shortcut: jax.Array) -> jax.Array:
 add_relu.defvjp(lambda *args: (add_relu(*args),) * 2, lambda out, g: (jnp.where(out > 0, g, 0),) * 2)
 
 
+@partial(traced_once, static_argnames="epsilon")
 def fold_batch_norm(moments: Moments, affine: Affine, epsilon: float) -> Affine:
     """Return the one scale and bias that a batch norm with fixed moments amounts to."""
     mean, inv_std, scale, bias = _same_type(moments.mean, lax.rsqrt(moments.var + epsilon), *affine)
