@@ -1,13 +1,15 @@
 """train_and_evaluate: the story of a run. The only file that loops over epochs.
 
-What needs scikit-learn or matplotlib is imported late, by a thread beside the first steps: 1.5 s of every start.
+What needs scikit-learn or matplotlib is imported late, by a thread beside the second step: it takes 1.5 s.
 """
 
 import concurrent.futures
+import functools
 import json
 import logging
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -84,11 +86,11 @@ def train(run: Run, folder: pathlib.Path, output: pathlib.Path) -> None:
     """Train to the config's end, from where the checkpoints of `folder` stand; other files are written to `output`."""
     with BackgroundSaves(folder) as saves, concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
         state, progress, iterator = start_or_resume(run, output, saves.latest, saves.best)
-        beside = pool.submit(_prepare_epoch_end, run, output, draw=progress.epoch == 0)
+        is_new = progress.epoch == 0
+        prepare = functools.cache(lambda: pool.submit(_prepare_epoch_end, run, output, draw=is_new))  # once
         with MetricWriter(output, progress.history, run.dataset.description) as writer, interruption.held_back():
             while progress.epoch < run.config.train.num_epochs and not progress.early_stop.stop:
-                state, progress = train_epoch(run, state, progress, iterator, saves)
-                beside.result()
+                state, progress = train_epoch(run, state, progress, iterator, saves, after_step=prepare)
                 try:
                     distributed.stop_if_agreed()
                     progress = end_epoch(run, state, progress)
@@ -99,11 +101,12 @@ def train(run: Run, folder: pathlib.Path, output: pathlib.Path) -> None:
                 writer.write(progress.history)  # first: a cut between the two writes the same row again
                 is_best = progress.best_step == int(state.step)
                 saves.save(state, make_meta(run, progress, iterator), is_best=is_best)
+                prepare().result()
                 distributed.stop_if_agreed()
 
 
 def _prepare_epoch_end(run: Run, output: pathlib.Path, *, draw: bool) -> None:
-    """Import what the first epoch's end needs, and draw the augmented images if asked, while the device works."""
+    """Import what an epoch's end needs, and draw the augmented images if asked, while the device works."""
     from cxa_jax import figures, metrics  # noqa: F401
 
     if draw:
@@ -175,9 +178,14 @@ def make_meta(run: Run, progress: Progress, iterator: grain.DatasetIterator) -> 
 
 
 def train_epoch(
-    run: Run, state: TrainState, progress: Progress, iterator: grain.DatasetIterator, saves: BackgroundSaves
+    run: Run,
+    state: TrainState,
+    progress: Progress,
+    iterator: grain.DatasetIterator,
+    saves: BackgroundSaves,
+    after_step: Callable[[], Any] = lambda: None,
 ) -> tuple[TrainState, Progress]:
-    """Train to the end of the epoch under way.
+    """Train to the end of the epoch under way; `after_step` is called when a step is done and the next is under way.
 
     A step's metrics are fetched while the device works on the next step, so the host never holds it up.
 
@@ -198,6 +206,7 @@ def train_epoch(
             state, metrics = run.train_step(state, on_device, rate_scale, run.root_key)
             if pending is not None:
                 progress = _fetch(run, state, progress, pending, saves, bar)
+                after_step()
             saves.check()
             pending = batch, metrics
             due = train.checkpoint_every_steps and (epoch_step + 1) % train.checkpoint_every_steps == 0

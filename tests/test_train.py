@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -15,8 +16,8 @@ import numpy as np
 import pytest
 import tiny
 
+from cxa_jax import figures, train
 from cxa_jax import run as run_module
-from cxa_jax import train
 from cxa_jax.checkpointing import Checkpoints
 from cxa_jax.errors import UserError
 from cxa_jax.interruption import Interrupted, end_on_signal
@@ -28,6 +29,17 @@ PROGRAM = pathlib.Path(tiny.__file__)
 @pytest.fixture(autouse=True)
 def tiny_data(monkeypatch):
     monkeypatch.setattr(run_module, "load_dataset", lambda config: tiny.make_dataset())
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: None)  # `uncut` draws; it takes seconds
+
+
+def test_a_picture_that_cannot_be_drawn_ends_the_run_with_its_epoch_saved(tmp_path, monkeypatch):
+    def fail(run, path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(figures, "save_augmentation_grid", fail)
+    with pytest.raises(OSError, match="No space left.*augmentation.png"):
+        train.train_and_evaluate(tiny.make_config(), str(tmp_path))
+    assert read_arrays(tmp_path, "latest")[1]["progress"]["epoch"] == 1
 
 
 @pytest.fixture(scope="module")
