@@ -32,7 +32,9 @@ def tiny_data(monkeypatch):
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: None)  # `uncut` draws; it takes seconds
 
 
-def test_a_picture_that_cannot_be_drawn_ends_the_run_with_its_epoch_saved(tmp_path, monkeypatch):
+def test_a_picture_that_cannot_be_drawn_ends_the_run_with_its_epoch_saved_and_is_drawn_by_the_next(
+    tmp_path, monkeypatch
+):
     def fail(run, path):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
@@ -40,6 +42,10 @@ def test_a_picture_that_cannot_be_drawn_ends_the_run_with_its_epoch_saved(tmp_pa
     with pytest.raises(OSError, match="No space left.*augmentation.png"):
         train.train_and_evaluate(tiny.make_config(), str(tmp_path))
     assert read_arrays(tmp_path, "latest")[1]["progress"]["epoch"] == 1
+    drawn = []
+    monkeypatch.setattr(figures, "save_augmentation_grid", lambda run, path: drawn.append(path.name))
+    train.train_and_evaluate(tiny.make_config(), str(tmp_path))
+    assert drawn == ["augmentation.png"]
 
 
 @pytest.fixture(scope="module")
