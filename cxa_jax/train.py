@@ -103,6 +103,8 @@ def train(run: Run, folder: pathlib.Path, output: pathlib.Path) -> None:
                 saves.save(state, make_meta(run, progress, iterator), is_best=is_best)
                 prepare().result()
                 distributed.stop_if_agreed()
+            if draw:  # also where a run was cut behind its last epoch
+                prepare().result()
 
 
 def _prepare_epoch_end(run: Run, output: pathlib.Path, *, draw: bool) -> None:
@@ -183,7 +185,7 @@ def train_epoch(
     progress: Progress,
     iterator: grain.DatasetIterator,
     saves: BackgroundSaves,
-    after_step: Callable[[], Any] = lambda: None,
+    after_step: Callable[[], Any],
 ) -> tuple[TrainState, Progress]:
     """Train to the end of the epoch under way; `after_step` is called when a step is done and the next is under way.
 

@@ -1,13 +1,16 @@
-"""Programs that a test runs once or twice: compiled fast, and variables without a program for them.
+"""What keeps `make test` short: programs compiled fast, variables without a program for them, cases left for later.
 
-Not for a program whose answer to NaN or infinity is tested: an optimiser that takes numbers for finite could alter it.
+Not for a program whose answer to NaN or infinity is tested, `jit_as_users`: an optimiser that takes numbers for finite
+could alter it.
 """
 
 import jax
+import pytest
 
 from cxa_jax.models.initialization import run_on_host
 
 QUICK = {"xla_backend_optimization_level": 0}  # XLA's passes, without LLVM's: compile fast, run slowly
+AS_USERS = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}  # against conftest's flags
 
 
 def jit(function, **options):
@@ -15,8 +18,18 @@ def jit(function, **options):
     return jax.jit(function, compiler_options=QUICK, **options)
 
 
+def jit_as_users(function, **options):
+    """Return jax.jit(function), to be compiled with the care it has outside the tests."""
+    return jax.jit(function, compiler_options=AS_USERS, **options)
+
+
 def initialize(module, key, images):
     """Return the variables that module.init(key, images) gives."""
     traced, shapes = jax.make_jaxpr(module.init, return_shape=True)(key, images)
     leaves = run_on_host(traced, key, images)
     return jax.tree.unflatten(jax.tree.structure(shapes), map(jax.numpy.asarray, leaves))
+
+
+def slow(*values):
+    """Return values of pytest.mark.parametrize that `make test-slow` runs."""
+    return pytest.param(*values, marks=pytest.mark.slow)

@@ -122,6 +122,7 @@ def test_killed_run_equals_uncut_run(uncut, tmp_path):
     assert_same(uncut, trial)
 
 
+@pytest.mark.slow  # test_train.py has the signal in one process
 def test_a_notice_in_the_middle_of_training_saves(uncut, tmp_path):
     trial = Trial(tmp_path)
     process = subprocess.Popen(trial.command, stderr=subprocess.PIPE, text=True)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from quick import slow
 from same_function import assert_same_function, perturbed_variables, random_array, relative_errors, run
 
 from cxa_jax.errors import UserError
@@ -117,8 +118,8 @@ def test_bfloat16_is_as_close_to_float32_as_the_plain_graph():
     assert all(kernels[name] < 1.5 * plain[name] + 1e-3 for name in plain), (kernels, plain)
 
 
-@pytest.mark.parametrize("num_inputs", [32, 64, 96, 128])  # whole steps of 64 channels, and half a one
-@pytest.mark.parametrize(("pixels", "num_programs"), [((1, 16, 1), 528), ((3, 16, 20), 528), ((3, 16, 20), 2)])
+@pytest.mark.parametrize("num_inputs", [slow(32), 64, 96, slow(128)])  # whole steps of 64 channels, and half a one
+@pytest.mark.parametrize(("pixels", "num_programs"), [((1, 16, 1), 528), slow((3, 16, 20), 528), ((3, 16, 20), 2)])
 def test_1x1_half_is_its_operations(float64, monkeypatch, num_inputs, pixels, num_programs):
     """S is the first channels of a longer buffer; what is behind it stays as it was, and does not count."""
     monkeypatch.setattr(dense_kernels, "NUM_PROGRAMS", num_programs)
@@ -141,7 +142,7 @@ def test_1x1_half_is_its_operations(float64, monkeypatch, num_inputs, pixels, nu
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), tuple(others), tuple(expected))
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 6, 32), (3, 5, 7, 64), (1, 3, 3, 1792), (2, 16, 16, 256)])
+@pytest.mark.parametrize("shape", [slow((2, 4, 6, 32)), (3, 5, 7, 64), (1, 3, 3, 1792), slow((2, 16, 16, 256))])
 @pytest.mark.parametrize("num_programs", [528, 3])
 def test_norm_and_relu_are_their_operations(float64, monkeypatch, shape, num_programs):
     monkeypatch.setattr(norm_kernel, "NUM_PROGRAMS", num_programs)
@@ -154,7 +155,7 @@ def test_norm_and_relu_are_their_operations(float64, monkeypatch, shape, num_pro
     )
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 2, 1), (2, 8, 6, 4), (3, 16, 32, 64), (2, 10, 2, 8)])
+@pytest.mark.parametrize("shape", [(1, 2, 2, 1), slow((2, 8, 6, 4)), slow((3, 16, 32, 64)), (2, 10, 2, 8)])
 def test_max_pool_is_its_operation(float64, shape):
     x = jnp.asarray(np.random.default_rng(3).integers(0, 4, shape), jnp.float64)  # many ties
     assert pool_kernel.takes(shape)

@@ -7,7 +7,7 @@ import h5py
 import jax
 import numpy as np
 import pytest
-from quick import QUICK
+from quick import QUICK, slow
 
 from cxa_jax.data.augment import normalize_images, to_rgb
 from cxa_jax.models.backbones import BACKBONES
@@ -60,7 +60,7 @@ def check_inference(written, backbone, height, width, compiler_options=None):
     assert_same_features(np.asarray(ours), reference.infer(model, images, compiler_options))
 
 
-@pytest.mark.parametrize("backbone", SMALLEST)
+@pytest.mark.parametrize("backbone", ["densenet121", slow("densenet201"), "resnet50", "inception_resnet_v2"])
 def test_features_small(written, backbone):
     check_inference(written, backbone, SMALLEST[backbone], SMALLEST[backbone] + 22, QUICK)
 
@@ -166,7 +166,7 @@ TRAINED = {
 
 
 @pytest.mark.parametrize(
-    "network", [pytest.param(name, marks=pytest.mark.slow) if name in SMALLEST else name for name in TRAINED]
+    "network", [slow(name) if name in SMALLEST or "inception" in name else name for name in TRAINED]
 )
 def test_training_in_float64(network, tmp_path):
     # The small ones have few blocks, but built by Keras' own code. In double precision what is left is the formula.

@@ -21,7 +21,9 @@ SHORT = {
 }
 LARGER = ("densenet201", "resnet50", "inception_resnet_v2")
 CASES = [
-    pytest.param(name, implementation, marks=[pytest.mark.slow] if name == "inception" else [])
+    pytest.param(
+        name, implementation, marks=[pytest.mark.slow] if "inception" in name or implementation == "plain" else []
+    )
     for name in SHORT
     for implementation in ("plain", "fused")
 ]

@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from conftest import QUICK_FLAGS
 
 from cxa_jax.errors import UserError
 from cxa_jax.sharding import check_batch_size, create_mesh, put_batch, replicated
@@ -19,7 +20,7 @@ def train_on(num_devices, path, implementation):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_X64": "1",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+        "XLA_FLAGS": f"{QUICK_FLAGS} --xla_force_host_platform_device_count={num_devices}",
     }
     command = [sys.executable, str(PROGRAM), str(path), implementation]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

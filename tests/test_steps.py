@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from ml_collections import ConfigDict
-from quick import jit
+from quick import jit, jit_as_users
 
 from cxa_jax.data.augment import normalize_images, to_rgb
 from cxa_jax.evidence import linearized_evidence
@@ -28,7 +28,7 @@ def parts():
     model = CardioXAttentionNet(tiny.BACKBONES["tiny"](), dropout=0.0)
     tx = create_optimizer(0.1, 0.9)
     state = create_train_state(jax.random.key(1), model, tx, tiny.SIZE)
-    step = jax.jit(make_train_step(model, tx, jax.random.key(0), WEIGHTS, "min_max", config.augment))
+    step = jit_as_users(make_train_step(model, tx, jax.random.key(0), WEIGHTS, "min_max", config.augment))
     rng = np.random.default_rng(5)
     batch = {
         "image": rng.integers(0, 256, (6, tiny.SIZE, tiny.SIZE, 1)).astype(np.uint8),
@@ -214,7 +214,7 @@ def test_one_number_that_is_not_finite_is_found_wherever_it_is(leaf, value):
     grads = {"kernel": rng.normal(size=(3, 4)), "bias": rng.normal(size=5), "scalar": np.array(1.5)}
     assert bool(is_finite(grads)) and bool(is_finite({"kernel": grads["kernel"]}))
     grads[leaf].flat[-1] = value
-    assert not bool(is_finite(grads)) and not bool(jax.jit(is_finite)(grads))
+    assert not bool(is_finite(grads)) and not bool(jit_as_users(is_finite)(grads))
 
 
 def test_numbers_are_as_good_as_infinite_once_the_sum_of_their_squares_is():
@@ -231,7 +231,7 @@ def test_an_update_happens_where_its_condition_holds(monkeypatch, platform, cond
     bad = {"a": jnp.full(3, jnp.nan), "n": jnp.int32(7)}
 
     made = new if condition else bad
-    found = jax.jit(lambda condition: update_if(condition, lambda: made, old))(condition)
+    found = jit_as_users(lambda condition: update_if(condition, lambda: made, old))(condition)
     jax.tree.map(np.testing.assert_array_equal, found, new if condition else old)
     used = str(jax.make_jaxpr(lambda condition: update_if(condition, lambda: made, old))(condition))
     assert ("cond[" in used) == (platform == "cpu")

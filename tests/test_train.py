@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from conftest import QUICK_FLAGS, compiles_quickly
 
 from cxa_jax import figures, train
 from cxa_jax import run as run_module
@@ -39,26 +40,27 @@ def test_a_picture_that_cannot_be_drawn_ends_the_run_with_its_epoch_saved_and_is
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr(figures, "save_augmentation_grid", fail)
+    config = tiny.make_config(**{"train.num_epochs": 1})
     with pytest.raises(OSError, match="No space left.*augmentation.png"):
-        train.train_and_evaluate(tiny.make_config(), str(tmp_path))
+        train.train_and_evaluate(config, str(tmp_path))
     assert read_arrays(tmp_path, "latest")[1]["progress"]["epoch"] == 1
     drawn = []
     monkeypatch.setattr(figures, "save_augmentation_grid", lambda run, path: drawn.append(path.name))
-    train.train_and_evaluate(tiny.make_config(), str(tmp_path))
+    train.train_and_evaluate(config, str(tmp_path))
     assert drawn == ["augmentation.png"]
 
 
 @pytest.fixture(scope="module")
-def uncut(tmp_path_factory):
-    """A run that nobody cut, in a process of its own as the cut ones are."""
+def uncut(tmp_path_factory, pytestconfig):
+    """A run that nobody cut, in a process of its own as the cut ones are, compiled as this process compiles."""
     workdir = tmp_path_factory.mktemp("uncut")
-    assert run_program(workdir).returncode == 0
+    assert run_program(workdir, flags=QUICK_FLAGS if compiles_quickly(pytestconfig) else "").returncode == 0
     return workdir
 
 
-def run_program(workdir, *arguments, devices=1):
+def run_program(workdir, *arguments, devices=1, flags=""):
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
     }
     command = [sys.executable, str(PROGRAM), f"--workdir={workdir}", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -148,6 +150,7 @@ def test_best_checkpoint_scores_as_its_epoch_did(uncut):
     assert report["dev"]["auroc"]["estimate"] == pytest.approx(float(best["dev_auroc"]))
 
 
+@pytest.mark.slow  # `make run` learns more
 def test_training_learns_something(tmp_path):
     config = tiny.make_config(**{"train.num_epochs": 25, "optimizer.learning_rate": 0.03, "augment.shift": 0.0})
     report = train.train_and_evaluate(config, str(tmp_path))

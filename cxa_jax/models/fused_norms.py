@@ -108,7 +108,6 @@ normalize_relu.defvjp(lambda *args: (normalize_relu(*args), args[:3]), undo_norm
 # ---- cut elsewhere: standardised once, by whoever wrote the channels, scaled by each reader ----
 
 
-@partial(traced_once, static_argnames="epsilon")
 def standardize(x: jax.Array, moments: Moments, epsilon: float) -> jax.Array:
     """Compute (x - mean) / sqrt(var + epsilon) of [B, H, W, C], in float32, stored as x is."""
     wide, mean, inv_std = _same_type(_widen(x), moments.mean, lax.rsqrt(moments.var + epsilon))

@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cxa_jax.models.layers import check_images, check_implementation, conv, max_pool_3x3, norm, remat, trace_once
+from cxa_jax.models.layers import check_images, check_implementation, conv, max_pool_3x3, norm, remat
+from cxa_jax.models.tracing import trace_blocks_once
 
 EPSILON = 1e-3
 
@@ -157,7 +158,7 @@ class InceptionResNetV2(nn.Module):
         self, name: str, branches: tuple[Branch, ...], scale: float, num_blocks: int, x: jax.Array, train: bool
     ) -> jax.Array:
         apply_block = partial(_apply_block, train=train)
-        apply_block = remat(apply_block) if self.remat else trace_once(apply_block)
+        apply_block = remat(apply_block) if self.remat else trace_blocks_once(apply_block)
         for i in range(1, num_blocks + 1):
             x = apply_block(ResidualBlock(branches, scale, **self._options, name=f"{name}_{i}"), x)
         return x

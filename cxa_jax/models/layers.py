@@ -65,16 +65,6 @@ def remat(apply: Apply) -> Apply:
     return nn.custom_vjp(apply, forward, backward)
 
 
-def trace_once(apply: Apply) -> Apply:
-    """Let `apply(block, x)` be traced once for all blocks of one kind and shape; XLA writes the calls out again.
-
-    While initialising each block is traced by itself, for initialization.py reads the draws of the weights from the
-    outermost function. Not around `remat`, whose custom gradient can't leave a traced call.
-    """
-    jitted = nn.jit(apply)
-    return lambda block, x: (apply if block.is_initializing() else jitted)(block, x)
-
-
 def conv(
     num_features: int,
     kernel_size: int | Sequence[int] = 1,
