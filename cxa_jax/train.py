@@ -86,7 +86,7 @@ def train(run: Run, folder: pathlib.Path, output: pathlib.Path) -> None:
     """Train to the config's end, from where the checkpoints of `folder` stand; other files are written to `output`."""
     with BackgroundSaves(folder) as saves, concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
         state, progress, iterator = start_or_resume(run, output, saves.latest, saves.best)
-        draw = progress.epoch == 0 or not (output / "augmentation.pdf").exists()  # a run may have been cut before it
+        draw = progress.epoch == 0 or not (folder / "augmentation.pdf").exists()  # a run may have been cut before it
         prepare = functools.cache(lambda: pool.submit(_prepare_epoch_end, run, output, draw=draw))  # once
         with MetricWriter(output, progress.history, run.dataset.description) as writer, interruption.held_back():
             while progress.epoch < run.config.train.num_epochs and not progress.early_stop.stop:

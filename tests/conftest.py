@@ -22,7 +22,7 @@ REAL = pathlib.Path(__file__).parents[2] / "shared/data"
 
 
 def pytest_configure(config):
-    """Compile quickly under -m "not slow"; processes that tests start, and all other tests, compile as users' do."""
+    """Compile quickly under -m "not slow"; what tests start does so only if handed QUICK_FLAGS."""
     if not compiles_quickly(config):
         return
     flags = os.environ.get("XLA_FLAGS")

@@ -1,7 +1,7 @@
 """What keeps `make test` short: programs compiled fast, variables without a program for them, cases left for later.
 
-Not for a program whose answer to NaN or infinity is tested, `jit_as_users`: an optimiser that takes numbers for finite
-could alter it.
+Steps whose answer to NaN or infinity is tested take `jit_as_users`: an optimiser that takes numbers for finite could
+alter it.
 """
 
 import jax

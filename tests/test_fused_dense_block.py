@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import jit
+from quick import jit, slow
 from same_function import perturbed_variables, random_dense_layers, relative_errors, run
 
 from cxa_jax.errors import UserError
@@ -65,7 +65,7 @@ def test_same_seed_gives_the_same_variables(float32_case):
     jax.tree.map(np.testing.assert_array_equal, perturbed_variables(create("fused"), images, jnp.float32), variables)
 
 
-@pytest.mark.parametrize(("growth", "num_layers"), [(32, NUM_LAYERS), (8, (6, 1))], ids=["one by one", "in loops"])
+@pytest.mark.parametrize(("growth", "num_layers"), [slow(32, NUM_LAYERS), (8, (6, 1))], ids=["one by one", "in loops"])
 def test_equals_plain_in_float32(monkeypatch, growth, num_layers):
     """In one draw of three: a ReLU within rounding of zero may open in one graph alone, where depends on the processor.
 

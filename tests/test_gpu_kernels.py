@@ -142,7 +142,7 @@ def test_1x1_half_is_its_operations(float64, monkeypatch, num_inputs, pixels, nu
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), tuple(others), tuple(expected))
 
 
-@pytest.mark.parametrize("shape", [slow((2, 4, 6, 32)), (3, 5, 7, 64), (1, 3, 3, 1792), slow((2, 16, 16, 256))])
+@pytest.mark.parametrize("shape", [(2, 4, 6, 32), slow((3, 5, 7, 64)), (1, 3, 3, 1792), slow((2, 16, 16, 256))])
 @pytest.mark.parametrize("num_programs", [528, 3])
 def test_norm_and_relu_are_their_operations(float64, monkeypatch, shape, num_programs):
     monkeypatch.setattr(norm_kernel, "NUM_PROGRAMS", num_programs)
@@ -155,7 +155,7 @@ def test_norm_and_relu_are_their_operations(float64, monkeypatch, shape, num_pro
     )
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 2, 1), slow((2, 8, 6, 4)), slow((3, 16, 32, 64)), (2, 10, 2, 8)])
+@pytest.mark.parametrize("shape", [(1, 2, 2, 1), (2, 8, 6, 4), slow((3, 16, 32, 64)), slow((2, 10, 2, 8))])
 def test_max_pool_is_its_operation(float64, shape):
     x = jnp.asarray(np.random.default_rng(3).integers(0, 4, shape), jnp.float64)  # many ties
     assert pool_kernel.takes(shape)

@@ -47,6 +47,7 @@ def test_geometry_by_chain():
     assert chain_geometry(InceptionResNetV2(), 224) == (InceptionResNetV2.stride, InceptionResNetV2.offset)
 
 
+@pytest.mark.slow  # by the chain of layers above; test_densenet.py has both
 def test_geometry_by_gradient():
     centre = gradient_centre(InceptionResNetV2(num_blocks=SMALL), 544, slice(4, 11), num_images=2)
     np.testing.assert_allclose(centre, InceptionResNetV2.offset, atol=1.5)  # two more pools scatter it than elsewhere

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from quick import slow
 
 from cxa_jax.usage import MODES
 
@@ -36,7 +37,7 @@ def test_help_groups_its_flags_by_mode():
         (("--config=configs/dense121.py:gab",), "unknown variant 'gab'"),
         (("--config=README.md",), "README.md"),
         (("--config=configs/dense121.py", "--config.seed=-1"), "config.seed=-1"),
-        (("--config=configs/incepres2.py:phantom_quick",), "needs at least 75 px"),
+        slow(("--config=configs/incepres2.py:phantom_quick",), "needs at least 75 px"),
         (("--config=configs/dense121.py:phantom_quick", "--config.data.data_dir=README.md/x"), "README.md/x"),
         (("--config=configs/dense121.py", "--mode=evaluate"), "holds no checkpoint"),
         (("--config=configs/dense121.py", "--mode=tarin"), "train|evaluate"),
@@ -48,11 +49,11 @@ def test_help_groups_its_flags_by_mode():
         (("--config=configs/dense121.py", "train"), "unexpected argument(s) train"),
         (("--mode=predict", "--inputs=a.png", "b.png"), "holds no trained run"),
         (("--config=configs/dense121.py", "--mode=prepare"), "manual_dir"),
-        (("--config=configs/dense121.py", "--mode=prepare", "--config.data.manual_dir=/nowhere"), "/nowhere"),
-        (("--config=configs/dense121.py", "--config.model.backbone=vgg"), "config.model.backbone='vgg'"),
-        (("--config=configs/dense121.py", "--config.data.name=mnist"), "mnist"),
+        slow(("--config=configs/dense121.py", "--mode=prepare", "--config.data.manual_dir=/nowhere"), "/nowhere"),
+        slow(("--config=configs/dense121.py", "--config.model.backbone=vgg"), "config.model.backbone='vgg'"),
+        slow(("--config=configs/dense121.py", "--config.data.name=mnist"), "mnist"),
         (("--config=configs/dense121.py", "--config.data.name=chestxray14", "--config.data.data_dir=none"), "prepare"),
-        (("--config=configs/dense121.py", "--config.train.select_by=luck"), "config.train.select_by='luck'"),
+        slow(("--config=configs/dense121.py", "--config.train.select_by=luck"), "config.train.select_by='luck'"),
     ],
 )
 def test_mistakes_end_in_one_message(arguments, message, tmp_path):

@@ -39,6 +39,7 @@ def test_geometry_by_chain():
     assert chain_geometry(ResNet50(), 224) == (ResNet.stride, ResNet.offset)
 
 
+@pytest.mark.slow  # by the chain of layers above; test_densenet.py has both
 def test_geometry_by_gradient():
     centre = gradient_centre(ResNet((1, 1, 1, 1)), 544, slice(6, 11))
     np.testing.assert_allclose(centre, ResNet.offset, atol=0.75)

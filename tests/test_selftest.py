@@ -24,7 +24,7 @@ def test_stored_values_are_worth_comparing():
     assert selftest.VALUES.stat().st_size < 100_000
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a minute; test_gpu_kernels.py has the kernels themselves
 def test_gpu_kernels_are_checked_where_they_run(monkeypatch):
     """As on a GPU, but that the kernels run as plain JAX here; a kernel that is wrong by a tenth is found."""
     monkeypatch.setattr(selftest, "is_available", lambda: True)

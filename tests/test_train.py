@@ -150,7 +150,7 @@ def test_best_checkpoint_scores_as_its_epoch_did(uncut):
     assert report["dev"]["auroc"]["estimate"] == pytest.approx(float(best["dev_auroc"]))
 
 
-@pytest.mark.slow  # `make run` learns more
+@pytest.mark.slow  # 25 epochs
 def test_training_learns_something(tmp_path):
     config = tiny.make_config(**{"train.num_epochs": 25, "optimizer.learning_rate": 0.03, "augment.shift": 0.0})
     report = train.train_and_evaluate(config, str(tmp_path))

@@ -65,7 +65,7 @@ def densenet121():
     return BACKBONES["densenet121"](), reference.create_application("densenet121", np.random.default_rng(0))
 
 
-@pytest.mark.slow  # test_keras_parity.py has one step, in float64
+@pytest.mark.slow  # test_keras_parity.py has the gradients, test_steps.py and test_optimizer.py the rest
 @pytest.mark.parametrize("create", [small_densenet, densenet121])
 def test_twenty_steps_of_sgd(create):
     with reference.double_precision():

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from google.protobuf.message import DecodeError
 from ml_collections import ConfigDict
 
 from cxa_jax.atomic_files import replace_when_written
@@ -68,7 +69,7 @@ class RecordSource:
     def _naming_damage(self) -> Iterator[None]:
         try:
             yield
-        except (RuntimeError, ValueError) as error:  # array_record's, TFDS' word for missing, cut or altered bytes
+        except (RuntimeError, ValueError, DecodeError) as error:  # of array_record, TFDS, protobuf: altered bytes
             raise describe_damage(self._folder, str(error)) from error
 
 

@@ -46,9 +46,12 @@ def decode_image(record: bytes, shape: tuple[int, ...]) -> np.ndarray:
 
     Raises:
       ValueError: the record has no image of that shape.
+      DecodeError: it is no record.
     """
-    (pixels,) = tf_example_pb2.Example.FromString(record).features.feature["image"].bytes_list.value
-    return np.frombuffer(pixels, np.uint8).reshape(shape)
+    stored = tf_example_pb2.Example.FromString(record).features.feature["image"].bytes_list.value
+    if len(stored) != 1:
+        raise ValueError("a record without an image")
+    return np.frombuffer(stored[0], np.uint8).reshape(shape)
 
 
 def _pixels(image_size: int) -> tfds.features.Tensor:

@@ -1,7 +1,7 @@
 """What a network repeats, traced once for all places of one shape.
 
-Tracing costs Python's time for every operation, and a start with kept programs is half tracing. The program is the same
-with and without.
+Tracing costs Python's time for every operation, and a start with kept programs is half tracing. The operations that run
+are the same with and without.
 """
 
 from collections.abc import Callable
