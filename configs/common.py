@@ -89,6 +89,10 @@ def _model(backbone: str) -> ConfigDict:
     return ConfigDict(
         {
             "backbone": backbone,  # 'densenet121' | 'densenet201' | 'resnet50' | 'inception_resnet_v2' (Table 2)
+            "stride": 32,  # px between cells of the feature map: 32 (the paper) | 16 | 8
+            "stride_by": "cut",  # how a stride below 32 is made: 'cut' ends after the last stage of that stride
+            # share of the running moments that a step leaves as it was; at .99 they lag in runs of a few hundred steps
+            "batch_norm_momentum": 0.99,  # Keras' default
             "pooling": "amm",  # 'amm' (Eq. 9) | 'gap' | the others of cxa_jax.pooling.POOLINGS
             "head": "mlp",  # 'mlp': dense 128 ELU, dense 1 (Table 3) | 'linear': dense 1 (exact CAM)
             "labels": "cardiomegaly",  # 'cardiomegaly' | 'findings': NIH's 13 others too, a map for each (A3); X-rays
@@ -238,6 +242,16 @@ def _nih_128(config: ConfigDict) -> None:
     config.optimizer.plateau_patience = 3
 
 
+def _stride_16(config: ConfigDict) -> None:
+    """Cells 16 px apart: the network cut after the last stage of that stride."""
+    config.model.stride = 16
+
+
+def _stride_8(config: ConfigDict) -> None:
+    """Cells 8 px apart: local evidence, which a map needs to show where."""
+    config.model.stride = 8
+
+
 VARIANTS = {
     "gap": _gap,
     "gap_mlp": _gap_mlp,
@@ -245,4 +259,6 @@ VARIANTS = {
     "phantom_hour": _phantom_hour,
     "research": _research,
     "nih_128": _nih_128,
+    "stride16": _stride_16,
+    "stride8": _stride_8,
 }

@@ -51,7 +51,9 @@ FREE_FIELDS = (
 FREE_SECTIONS = ("eval.", "benchmark.")
 
 # Fields whose change makes other arrays, as `describe_changes` writes them: no checkpoint can be carried over.
-NETWORK_FIELDS = ("config.model.backbone:", "config.model.pooling:", "config.model.head:", "config.model.labels:")
+NETWORK_FIELDS = tuple(
+    f"config.model.{field}:" for field in ("backbone", "stride", "stride_by", "pooling", "head", "labels")
+)
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:

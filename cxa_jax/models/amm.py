@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax
 
-from cxa_jax.models.layers import batch_norm, conv
+from cxa_jax.models.layers import BATCH_NORM_MOMENTUM, batch_norm, conv
 from cxa_jax.pooling import average_pool_2x2_same
 
 WIDTHS = (128, 32, 16)
@@ -22,10 +22,11 @@ class AttentionMappingMechanism(nn.Module):
     """
 
     num_maps: int = 1  # the paper's one shared map, or one for each label (A3)
+    batch_norm_momentum: float = BATCH_NORM_MOMENTUM
 
     @nn.compact
     def __call__(self, features: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
-        normalized = batch_norm(train=train, epsilon=EPSILON, name="norm")(features)
+        normalized = batch_norm(train=train, epsilon=EPSILON, momentum=self.batch_norm_momentum, name="norm")(features)
         x = normalized
         for i, width in enumerate(WIDTHS, start=1):
             x = nn.elu(conv(width, 1, use_bias=True, name=f"conv{i}")(x))

@@ -15,6 +15,7 @@ from cxa_jax.models.backbones import BACKBONES, select_implementation
 from cxa_jax.models.initialization import glorot_uniform
 from cxa_jax.models.kernel_tiles import is_available
 from cxa_jax.models.layers import BATCH_NORM_MOMENTUM
+from cxa_jax.models.strides import check_stride
 from cxa_jax.pooling import FEATURES_ONLY, POOLINGS, gated_attention_logits
 
 HEAD_WIDTH = 128
@@ -89,14 +90,16 @@ class CardioXAttentionNet(nn.Module):
     dropout: float = 0.5
     value_range: tuple[float, float] = (0.0, 1.0)
     num_labels: int = 1
+    batch_norm_momentum: float = BATCH_NORM_MOMENTUM
 
     def setup(self) -> None:
         if self.pooling not in UNBRANCHED:
-            self.amm = AttentionMappingMechanism(self.num_labels)
+            self.amm = AttentionMappingMechanism(self.num_labels, self.batch_norm_momentum)
         elif self.pooling == "gated":
             self.gate = GatedAttention()
         if self.pooling in UNBRANCHED and self.attended == "all_normalized":
-            self.feature_norm = nn.BatchNorm(momentum=BATCH_NORM_MOMENTUM, epsilon=EPSILON)  # the branch has its own
+            # The branch has its own.
+            self.feature_norm = nn.BatchNorm(momentum=self.batch_norm_momentum, epsilon=EPSILON)
         self.classifier = Head(self.head, self.dropout, self.num_labels)
 
     def __call__(self, images: Images, *, train: bool = False) -> tuple[Logits, dict[str, jax.Array]]:
@@ -183,8 +186,10 @@ def check_model(config: ConfigDict) -> None:
             "config.model.labels='findings' gives each finding its own attention map: it needs --config.model.head=mlp "
             f"and a pooling with the attention branch, such as amm; got {config.head} and {config.pooling}"
         )
-    if not 0 <= config.dropout < 1:
-        raise UserError(f"config.model.dropout={config.dropout} must be at least 0 and below 1")
+    check_stride(config.stride, config.stride_by)
+    for field in ("dropout", "batch_norm_momentum"):
+        if not 0 <= config[field] < 1:
+            raise UserError(f"config.model.{field}={config[field]} must be at least 0 and below 1")
 
 
 def create_model(config: ConfigDict, *, remat: bool = False) -> CardioXAttentionNet:
@@ -196,7 +201,14 @@ def create_model(config: ConfigDict, *, remat: bool = False) -> CardioXAttention
             config.implementation, config.backbone, config.dtype, jax.default_backend(), is_available()
         ),
         remat=remat,
+        **{field: config[field] for field in ("stride", "stride_by", "batch_norm_momentum")},
     )
     return CardioXAttentionNet(
-        backbone, config.pooling, config.head, config.attended, config.dropout, num_labels=LABELS[config.labels]
+        backbone,
+        config.pooling,
+        config.head,
+        config.attended,
+        config.dropout,
+        num_labels=LABELS[config.labels],
+        batch_norm_momentum=config.batch_norm_momentum,
     )

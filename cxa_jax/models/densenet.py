@@ -8,7 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from cxa_jax.models.fused_densenet import fused_densenet
-from cxa_jax.models.layers import batch_norm, check_images, check_implementation, conv, max_pool_3x3, remat
+from cxa_jax.models.layers import (
+    BATCH_NORM_MOMENTUM,
+    batch_norm,
+    check_images,
+    check_implementation,
+    conv,
+    max_pool_3x3,
+    remat,
+)
+from cxa_jax.models.strides import check_stride
 
 GROWTH = 32  # channels each layer adds
 BOTTLENECK = 4 * GROWTH  # channels after a layer's 1x1 convolution
@@ -19,10 +28,11 @@ class DenseLayer(nn.Module):
     """BN, ReLU, 1x1 convolution, BN, ReLU, 3x3 convolution: [B, H, W, C] -> the 32 new channels [B, H, W, 32]."""
 
     dtype: Any = jnp.float32
+    momentum: float = BATCH_NORM_MOMENTUM
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        norm = partial(batch_norm, train=train, epsilon=EPSILON, dtype=self.dtype)
+        norm = partial(batch_norm, train=train, epsilon=EPSILON, momentum=self.momentum, dtype=self.dtype)
         x = conv(BOTTLENECK, 1, dtype=self.dtype, name="conv1")(nn.relu(norm(name="norm1")(x)))
         return conv(GROWTH, 3, dtype=self.dtype, name="conv2")(nn.relu(norm(name="norm2")(x)))
 
@@ -33,6 +43,7 @@ class DenseBlock(nn.Module):
     num_layers: int
     dtype: Any = jnp.float32
     remat: bool = False
+    momentum: float = BATCH_NORM_MOMENTUM
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -40,7 +51,7 @@ class DenseBlock(nn.Module):
         if self.remat:
             layer = remat(layer)
         for i in range(self.num_layers):
-            x = layer(DenseLayer(dtype=self.dtype, name=f"layer{i + 1}"), x)
+            x = layer(DenseLayer(self.dtype, self.momentum, name=f"layer{i + 1}"), x)
         return x
 
 
@@ -52,39 +63,55 @@ class Transition(nn.Module):
     """BN, ReLU, 1x1 convolution to half the channels, 2x2 average pool: [B, H, W, C] -> [B, H/2, W/2, C/2]."""
 
     dtype: Any = jnp.float32
+    momentum: float = BATCH_NORM_MOMENTUM
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        x = nn.relu(batch_norm(train=train, epsilon=EPSILON, dtype=self.dtype, name="norm")(x))
+        norm = partial(batch_norm, train=train, epsilon=EPSILON, momentum=self.momentum, dtype=self.dtype)
+        x = nn.relu(norm(name="norm")(x))
         x = conv(x.shape[-1] // 2, 1, dtype=self.dtype, name="conv")(x)
         return nn.avg_pool(x, (2, 2), (2, 2))
 
 
 class DenseNet(nn.Module):
-    """DenseNet features: images [B, H, W, 3] -> F [B, H/32, W/32, num_features], H, W >= 32.
+    """DenseNet features: images [B, H, W, 3] -> F [B, H/stride, W/stride, num_features], H, W >= 32.
 
     Attributes:
-      num_layers: dense layers in each of the four blocks.
+      num_layers: dense layers in each of the four blocks of the whole network.
       dtype: compute type; parameters and batch moments stay float32.
       implementation: 'plain' is the graph as written here; 'fused' the same function of the same variables, faster
         (fused_densenet.py), 'kernels' the fused graph with a GPU's own kernels in training (dense_kernels.py).
       remat: recompute each layer in the backward pass ('fused' always does, but for the 1x1 convolutions).
+      stride: px between receptive-field centres of neighbouring cells, one of STRIDES; each block doubles it from 4 on.
+      stride_by: 'cut' ends after the block of that stride, with a norm and ReLU of its channels.
+      batch_norm_momentum: share of the running moments that a training step leaves as it was.
     """
 
     num_layers: tuple[int, ...]
     dtype: Any = jnp.float32
     implementation: str = "plain"
     remat: bool = False
+    stride: int = 32
+    stride_by: str = "cut"
+    batch_norm_momentum: float = BATCH_NORM_MOMENTUM
 
-    stride = 32  # px between receptive-field centres of neighbouring cells
-    offset = 14  # px, receptive-field centre of cell 0
     min_size = 32  # px, least side of an image, as Keras has it
+
+    @property
+    def offset(self) -> int:
+        """Px, receptive-field centre of cell 0; averaging cells s px apart moves it by s / 2, from s = 4 on."""
+        return self.stride // 2 - 2
+
+    @property
+    def kept_layers(self) -> tuple[int, ...]:
+        """The dense layers of the blocks that this network has."""
+        return self.num_layers[: self.stride.bit_length() - 2]
 
     @property
     def num_features(self) -> int:
         """Channels C of the feature map."""
         channels = 64
-        for i, n in enumerate(self.num_layers):
+        for i, n in enumerate(self.kept_layers):
             channels = (channels if i == 0 else channels // 2) + GROWTH * n
         return channels
 
@@ -92,25 +119,28 @@ class DenseNet(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         check_images(images, self.min_size, type(self).__name__)
         check_implementation(self.implementation, ("plain", "fused", "kernels"))
+        check_stride(self.stride, self.stride_by)
         if self.implementation != "plain":
             return fused_densenet(
                 images,
-                self.num_layers,
+                self.kept_layers,
                 growth=GROWTH,
                 bottleneck=BOTTLENECK,
                 epsilon=EPSILON,
+                momentum=self.batch_norm_momentum,
                 train=train,
                 dtype=self.dtype,
                 recompute=self.remat,
                 kernels=self.implementation == "kernels",
             )
-        norm = partial(batch_norm, train=train, epsilon=EPSILON, dtype=self.dtype)
+        options = {"dtype": self.dtype, "momentum": self.batch_norm_momentum}
+        norm = partial(batch_norm, train=train, epsilon=EPSILON, **options)
         x = conv(64, 7, strides=2, padding=((3, 3), (3, 3)), dtype=self.dtype, name="stem_conv")(images)
         x = max_pool_3x3(nn.relu(norm(name="stem_norm")(x)))
-        for i, n in enumerate(self.num_layers, start=1):
+        for i, n in enumerate(self.kept_layers, start=1):
             if i > 1:
-                x = Transition(dtype=self.dtype, name=f"transition{i - 1}")(x, train=train)
-            x = DenseBlock(n, dtype=self.dtype, remat=self.remat, name=f"block{i}")(x, train=train)
+                x = Transition(**options, name=f"transition{i - 1}")(x, train=train)
+            x = DenseBlock(n, remat=self.remat, **options, name=f"block{i}")(x, train=train)
         return nn.relu(norm(name="norm")(x))
 
 

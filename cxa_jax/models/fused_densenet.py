@@ -36,11 +36,12 @@ class LayerVariables(nn.Module):
     num_inputs: int
     bottleneck: int
     growth: int
+    momentum: float
 
     def setup(self):
-        self.norm1 = Norm(self.num_inputs)
+        self.norm1 = Norm(self.num_inputs, momentum=self.momentum)
         self.conv1 = Kernel((1, 1, self.num_inputs, self.bottleneck))
-        self.norm2 = Norm(self.bottleneck)
+        self.norm2 = Norm(self.bottleneck, momentum=self.momentum)
         self.conv2 = Kernel((3, 3, self.bottleneck, self.growth))
 
     def params(self) -> LayerParams:
@@ -64,15 +65,16 @@ class Block(nn.Module):
     growth: int
     bottleneck: int
     epsilon: float
+    momentum: float
     recompute: bool
     kernels: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, closing: Norm, *, train: bool) -> jax.Array:
         num_inputs = x.shape[-1]
+        sizes = self.bottleneck, self.growth, self.momentum
         layers = [
-            LayerVariables(num_inputs + self.growth * i, self.bottleneck, self.growth, name=f"layer{i + 1}")
-            for i in range(self.num_layers)
+            LayerVariables(num_inputs + self.growth * i, *sizes, name=f"layer{i + 1}") for i in range(self.num_layers)
         ]
         params = tuple(layer.params() for layer in layers)
         if not train:
@@ -94,9 +96,10 @@ class Transition(nn.Module):
     """
 
     num_inputs: int
+    momentum: float
 
     def setup(self):
-        self.norm = Norm(self.num_inputs)
+        self.norm = Norm(self.num_inputs, momentum=self.momentum)
         self.conv = Kernel((1, 1, self.num_inputs, self.num_inputs // 2))
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -110,21 +113,22 @@ def fused_densenet(
     growth: int,
     bottleneck: int,
     epsilon: float,
+    momentum: float,
     train: bool,
     dtype: Any,
     recompute: bool,
     kernels: bool,
 ) -> jax.Array:
-    """Build the fused graph in the scope of the calling DenseNet: images [B, H, W, 3] -> F [B, H/32, W/32, C]."""
+    """Build the fused graph in the scope of the calling DenseNet: images [B, H, W, 3] -> F [B, h, w, C]."""
     stem = {"padding": ((3, 3), (3, 3)), "convolve": convolve_blocks if kernels else convolve}
     x = conv(64, 7, strides=2, dtype=dtype, **stem, name="stem_conv")(images)
     moments = fused_norms.compute_moments(x) if train else None
-    x = Norm(64, name="stem_norm")(x, moments, epsilon, relu=True, kernels=kernels)
+    x = Norm(64, momentum=momentum, name="stem_norm")(x, moments, epsilon, relu=True, kernels=kernels)
     x = max_pool_3x3(x, kernels=kernels)
     for i, n in enumerate(num_layers, start=1):
         num_channels = x.shape[-1] + growth * n
-        block = Block(n, growth, bottleneck, epsilon, recompute, kernels, name=f"block{i}")
+        block = Block(n, growth, bottleneck, epsilon, momentum, recompute, kernels, name=f"block{i}")
         if i == len(num_layers):
-            return block(x, Norm(num_channels, name="norm"), train=train)
-        transition = Transition(num_channels, name=f"transition{i}")
+            return block(x, Norm(num_channels, momentum=momentum, name="norm"), train=train)
+        transition = Transition(num_channels, momentum, name=f"transition{i}")
         x = transition(block(x, transition.norm, train=train))

@@ -1,6 +1,7 @@
 """Layers on the fused operations, with the variables of nn.Conv and nn.BatchNorm."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,7 @@ from cxa_jax.models import fused_norms, norm_kernel
 from cxa_jax.models.fused_convolutions import Pair, conv_1x1, conv_images, conv_windows
 from cxa_jax.models.tracing import traced_once
 
-BATCH_NORM_MOMENTUM = 0.99
+BATCH_NORM_MOMENTUM = 0.99  # Keras' default, of networks that no config builds
 MIN_CHANNELS = 16  # of a kernel's input: below, as on an image, one product for all its cells, not one for each
 
 
@@ -41,10 +42,12 @@ class Norm(nn.Module):
     Attributes:
       num_features: channels.
       use_scale: if False, the scale is 1.
+      momentum: share of the running moments that a training step leaves as it was.
     """
 
     num_features: int
     use_scale: bool = True
+    momentum: float = BATCH_NORM_MOMENTUM
 
     def setup(self):
         shape = (self.num_features,)
@@ -65,7 +68,7 @@ class Norm(nn.Module):
         """Move the running moments towards the batch's, as nn.BatchNorm does: not while initialising."""
         if self.is_initializing():
             return
-        self.mean.value, self.var.value = _move(self.running(), moments)
+        self.mean.value, self.var.value = _move(self.running(), moments, self.momentum)
 
     def __call__(
         self, x: jax.Array, moments: fused_norms.Moments | None, epsilon: float, *, relu: bool, kernels: bool = False
@@ -86,9 +89,9 @@ class Norm(nn.Module):
         return normalize(x, moments, self.affine(), epsilon)
 
 
-@traced_once
-def _move(running, batch):
+@partial(traced_once, static_argnames="momentum")
+def _move(running, batch, momentum):
     def move(old, new):
-        return BATCH_NORM_MOMENTUM * old + (1 - BATCH_NORM_MOMENTUM) * new
+        return momentum * old + (1 - momentum) * new
 
     return jax.tree.map(move, running, lax.stop_gradient(batch))

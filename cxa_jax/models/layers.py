@@ -102,14 +102,18 @@ def batch_norm(
     *,
     train: bool,
     epsilon: float,
+    momentum: float = BATCH_NORM_MOMENTUM,
     use_scale: bool = True,
     dtype: Any = None,
     name: str | None = None,
 ) -> nn.BatchNorm:
-    """Create a batch norm: batch moments when `train`, running ones else; moments in float32 whatever `dtype`."""
+    """Create a batch norm: batch moments when `train`, running ones else; moments in float32 whatever `dtype`.
+
+    `momentum` is the share of the running moments that a training step leaves as it was.
+    """
     return nn.BatchNorm(
         use_running_average=not train,
-        momentum=BATCH_NORM_MOMENTUM,
+        momentum=momentum,
         epsilon=epsilon,
         use_scale=use_scale,
         dtype=dtype,
@@ -123,6 +127,7 @@ def norm(
     relu: bool,
     train: bool,
     epsilon: float,
+    momentum: float = BATCH_NORM_MOMENTUM,
     use_scale: bool = True,
     dtype: Any = None,
     implementation: str = "plain",
@@ -131,8 +136,8 @@ def norm(
     """Apply `batch_norm` to [B, H, W, C], then ReLU if asked; its variables are those of the submodule `name`."""
     if implementation == "fused":
         moments = fused_norms.compute_moments(x) if train else None
-        return fused_layers.Norm(x.shape[-1], use_scale, name=name)(x, moments, epsilon, relu=relu)
-    x = batch_norm(train=train, epsilon=epsilon, use_scale=use_scale, dtype=dtype, name=name)(x)
+        return fused_layers.Norm(x.shape[-1], use_scale, momentum, name=name)(x, moments, epsilon, relu=relu)
+    x = batch_norm(train=train, epsilon=epsilon, momentum=momentum, use_scale=use_scale, dtype=dtype, name=name)(x)
     return nn.relu(x) if relu else x
 
 
