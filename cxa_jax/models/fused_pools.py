@@ -3,6 +3,8 @@
 The max pool keeps one byte an output for the backward pass. First-order gradients only.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,10 +42,11 @@ def _max_pool(x):
     return _max_and_cell(x)[0]
 
 
-def _max_and_cell(x):
-    """The maxima and, as uint8, the window's cell that holds each; H = 2 h + 1 and W = 2 w + 1."""
-    rows, cols = x.shape[1] - 2, x.shape[2] - 2
-    views = [x[:, i : i + rows : 2, j : j + cols : 2] for i, j in WINDOW]
+def _max_and_cell(x, stride=2, dilation=1):
+    """The maxima and, as uint8, the window's cell that holds each; at stride 2 H = 2 h + 1 and W = 2 w + 1."""
+    rows, cols = x.shape[1] - 2 * dilation, x.shape[2] - 2 * dilation
+    starts = [(i * dilation, j * dilation) for i, j in WINDOW]
+    views = [x[:, i : i + rows : stride, j : j + cols : stride] for i, j in starts]
     best, cell = views[0], jnp.zeros(views[0].shape, jnp.uint8)
     for k, view in enumerate(views[1:], start=1):
         cell = jnp.where(view > best, jnp.uint8(k), cell)
@@ -75,6 +78,28 @@ def _max_pool_of_blocks(x):
 
 
 _max_pool_of_blocks.defvjp(lambda x: _max_and_cell(_pad(x, 1)), lambda cell, g: (pool_kernel.undo_max_pool(cell, g),))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def max_pool_dilated(x: jax.Array, dilation: int) -> jax.Array:
+    """Pool [B, H, W, C] by 3x3 maxima at stride 1, a window's cells `dilation` d apart: -> [B, H - 2d, W - 2d, C].
+
+    The gradient of a window goes to its first maximum in row order, as that of `max_pool_3x3`.
+    """
+    return lax.reduce_window(
+        x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 1, 1, 1), "VALID", window_dilation=(1, dilation, dilation, 1)
+    )
+
+
+def _max_pool_dilated_backward(dilation, cell, g):
+    total = 0
+    for k, (i, j) in enumerate(WINDOW):
+        ends = [(0, 0), *((n * dilation, (2 - n) * dilation) for n in (i, j)), (0, 0)]
+        total += jnp.pad(jnp.where(cell == k, g, 0), ends)
+    return (total,)
+
+
+max_pool_dilated.defvjp(lambda x, dilation: _max_and_cell(x, 1, dilation), _max_pool_dilated_backward)
 
 
 @jax.custom_vjp

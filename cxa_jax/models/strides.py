@@ -7,7 +7,7 @@ are fewer parameters and each cell sees less of the image.
 from cxa_jax.errors import UserError
 
 STRIDES = (32, 16, 8)  # px; the first is the whole network's
-STRIDE_BY = ("cut",)
+STRIDE_BY = ("cut", "dilate")
 
 
 def check_stride(stride: int, stride_by: str) -> None:
