@@ -90,7 +90,8 @@ def _model(backbone: str) -> ConfigDict:
         {
             "backbone": backbone,  # 'densenet121' | 'densenet201' | 'resnet50' | 'inception_resnet_v2' (Table 2)
             "stride": 32,  # px between cells of the feature map: 32 (the paper) | 16 | 8
-            "stride_by": "cut",  # how a stride below 32 is made: 'cut' ends after the last stage of that stride
+            # 'cut': ends after the last stage of that stride | 'dilate': keeps all, later strides become dilations
+            "stride_by": "cut",  # how a stride below 32 is made
             # share of the running moments that a step leaves as it was; at .99 they lag in runs of a few hundred steps
             "batch_norm_momentum": 0.99,  # Keras' default
             "pooling": "amm",  # 'amm' (Eq. 9) | 'gap' | the others of cxa_jax.pooling.POOLINGS

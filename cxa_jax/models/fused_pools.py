@@ -121,3 +121,27 @@ def _avg_pool_backward(x, g):
 
 
 avg_pool_2x2.defvjp(lambda x: (avg_pool_2x2(x), x), _avg_pool_backward)  # of x, its shape alone
+
+
+def avg_pool_to_phases(x: jax.Array) -> jax.Array:
+    """Average 2x2 cells at stride 1 and deal the result out by rows and columns, even and odd: the four phases.
+
+    Phase (a, b) of image i is image 4 i + 2 a + b and averages the 2x2 cells from (2 r + a, 2 c + b) on; cells beyond
+    the edge are left out of the mean, an odd last row or column is dropped: [B, H, W, C] -> [4 B, H//2, W//2, C]. The
+    phases of an image stay side by side, so that a batch that is shared by devices stays where it is.
+    """
+    batch, height, width, channels = x.shape
+    rows, cols = height // 2, width // 2
+    x = x[:, : 2 * rows, : 2 * cols]
+    for axis in (1, 2):
+        ahead = lax.slice_in_dim(x, 1, None, axis=axis), lax.slice_in_dim(x, -1, None, axis=axis)
+        x = (x + lax.concatenate(ahead, axis)) / 2
+    x = x.reshape(batch, rows, 2, cols, 2, channels).transpose(0, 2, 4, 1, 3, 5)
+    return x.reshape(4 * batch, rows, cols, channels)
+
+
+def merge_phases(x: jax.Array) -> jax.Array:
+    """Put the four phases of each image back into one grid: [4 B, h, w, C] -> [B, 2 h, 2 w, C]."""
+    phases, rows, cols, channels = x.shape
+    x = x.reshape(phases // 4, 2, 2, rows, cols, channels).transpose(0, 3, 1, 4, 2, 5)
+    return x.reshape(phases // 4, 2 * rows, 2 * cols, channels)
