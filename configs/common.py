@@ -69,6 +69,7 @@ def _data() -> ConfigDict:
                 "prevalence": 0.3,  # share of patients with cardiomegaly; ignored by 'natural'
                 "label_noise": 0.0,  # probability that an image's label is flipped
                 "seed": 0,  # draws the phantoms
+                "box": "mask",  # about the 'mask' of the heart | the cardiac silhouette, as a 'radiologist' boxes it
             },
         }
     )
