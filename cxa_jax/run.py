@@ -18,7 +18,7 @@ from cxa_jax.checkpointing import load_backbone
 from cxa_jax.config_checks import check_config
 from cxa_jax.data.augment import find_value_range
 from cxa_jax.data.datasets import Dataset, describe_splits, load_dataset, shared_patients
-from cxa_jax.data.pipeline import epoch_labels
+from cxa_jax.data.pipeline import describe_epoch, epoch_labels
 from cxa_jax.distributed import first_alone
 from cxa_jax.errors import UserError
 from cxa_jax.findings import encode_findings
@@ -180,6 +180,7 @@ def log_run(run: Run) -> None:
     log.info("%s", describe_splits(run.dataset))
     shared = ", ".join(f"{a}/{b} {count}" for (a, b), count in shared_patients(run.dataset).items())
     log.info("patients shared between splits: %s", shared)
+    log.info("an epoch: %s", describe_epoch(run.dataset.splits["train"], run.config.data))
     log.info("class weights: %.4f (no finding), %.4f (cardiomegaly)", *run.class_weights)
     log.info("input normalisation: %s", run.normalization)
     backbone, pooling = run.config.model.backbone, run.config.model.pooling
