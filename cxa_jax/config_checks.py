@@ -2,6 +2,7 @@
 
 from ml_collections import ConfigDict
 
+from cxa_jax.averaged_copies import MAX_COPIES
 from cxa_jax.data.augment import check_ranges
 from cxa_jax.errors import UserError
 from cxa_jax.pooling import FEATURES_ONLY
@@ -45,6 +46,7 @@ RANGES = {
     "optimizer.early_stop_min_delta": (0, None),
     "eval.batch_size": (1, MAX_BATCH),
     "eval.image_size": (0, MAX_IMAGE_PX),
+    "eval.num_copies": (1, MAX_COPIES),
     "eval.overlay_intensity": (0, 1),
     "eval.num_bootstrap": (1, MAX_RESAMPLES),
     "benchmark.num_steps": (1, None),

@@ -49,7 +49,8 @@ class Run:
       class_weights: (w_neg, w_pos) of the training loss.
       train_step: jitted (state, batch, rate_scale, root_key) -> (state, metrics), the state donated. All outputs come
         out replicated, as the state goes in: a second less to compile than if that were asked for.
-      eval_step: jitted.
+      eval_step: jitted, of the image alone: what an epoch ends with.
+      test_step: jitted, of config.eval.num_copies copies: what a finished run is tested with.
     """
 
     config: ConfigDict
@@ -62,6 +63,7 @@ class Run:
     class_weights: tuple[float, float]
     train_step: Callable[[TrainState, Batch, Any, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[[Any, Any], dict[str, jax.Array]]
+    test_step: Callable[[Any, Any], dict[str, jax.Array]]
 
     def create_state(self) -> TrainState:
         """Draw fresh parameters (Glorot uniform), import the backbone's if asked; replicated over the mesh."""
@@ -149,7 +151,10 @@ def create_run(config: ConfigDict, dataset: Dataset | None = None) -> Run:
         step = make_train_step(model, tx, root_key, weights, normalization, config.augment, **options)
         return step(state, batch, rate_scale)
 
-    eval_step = make_eval_step(model, normalization)
+    def jit_eval_step(num_copies: int) -> Callable[[Any, Any], dict[str, jax.Array]]:
+        return jax.jit(make_eval_step(model, normalization, num_copies), out_shardings=fetchable(mesh))
+
+    eval_step = jit_eval_step(1)
     return Run(
         config=config,
         dataset=dataset,
@@ -160,7 +165,8 @@ def create_run(config: ConfigDict, dataset: Dataset | None = None) -> Run:
         normalization=normalization,
         class_weights=weights,
         train_step=jax.jit(train_step, donate_argnums=0),
-        eval_step=jax.jit(eval_step, out_shardings=fetchable(mesh)),
+        eval_step=eval_step,
+        test_step=eval_step if config.eval.num_copies == 1 else jit_eval_step(config.eval.num_copies),
     )
 
 
