@@ -94,6 +94,7 @@ def _model(backbone: str) -> ConfigDict:
     return ConfigDict(
         {
             "backbone": backbone,  # 'densenet121' | 'densenet201' | 'resnet50' | 'inception_resnet_v2' (Table 2)
+            "stride": 32,  # px between cells of the feature map: 32 (the paper) | 16 | 8
             "pooling": "amm",  # 'amm' (Eq. 9) | 'gap' | the others of cxa_jax.pooling.POOLINGS
             "head": "mlp",  # 'mlp': dense 128 ELU, dense 1 (Table 3) | 'linear': dense 1 (exact CAM)
             "labels": "cardiomegaly",  # 'cardiomegaly' | 'findings': NIH's 13 others too, a map for each (A3); X-rays
@@ -170,7 +171,9 @@ def ablation() -> ConfigDict:
     return ConfigDict(
         {
             "poolings": "amm,gap",  # names separated by commas, or 'all' of cxa_jax.pooling.POOLINGS
+            "strides": "",  # of config.model.stride, separated by commas, such as '32,16,8'; '' = the config's own
             "seeds": (0, 1, 2),  # of the trainings
+            "rules": "half_max",  # threshold rules, separated by commas: the table has a mean IoU for each
             "num_parallel": 0,  # runs at a time; 0 = one for each core, pinned to it; on an accelerator 1
         }
     )
