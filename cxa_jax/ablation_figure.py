@@ -37,7 +37,7 @@ def save_ablation_figure(report: dict[str, Any], path: pathlib.Path) -> None:
         if step:
             ratio = step["ratio"]
             _draw_interval(panels[-1], place, ratio | {"per_seed": []}, colours[name])
-            panels[-1].set_xlabel(f"step time / {ratio['to']} (rounds resampled)")
+            panels[-1].set_xlabel(f"step time / {ratio['to']}\n(rounds resampled)")
     titles = title_rows(report["poolings"])
     panels[0].set_yticks(range(len(names)), [titles[name] for name in names])
     panels[0].set_ylim(-0.6, len(names) - 0.4)
