@@ -177,7 +177,9 @@ def ablation() -> ConfigDict:
     return ConfigDict(
         {
             "poolings": "amm,gap",  # names separated by commas, or 'all' of cxa_jax.pooling.POOLINGS
+            "strides": "",  # of config.model.stride, separated by commas, such as '32,16,8'; '' = the config's own
             "seeds": (0, 1, 2),  # of the trainings
+            "rules": "half_max",  # threshold rules, separated by commas: the table has a mean IoU for each
             "num_parallel": 0,  # runs at a time; 0 = one for each core, pinned to it; on an accelerator 1
         }
     )

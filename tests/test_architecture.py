@@ -27,7 +27,7 @@ FLOORS = [
     {"warm_up"},
     {"map_evaluation", "saved_maps", "trained_network"},
     {"map_levels"},
-    {"figures", "run_metrics", "summary", "ablation_table", "finding_metrics", "measurements"},
+    {"figures", "run_metrics", "summary", "ablation_arms", "ablation_table", "finding_metrics", "measurements"},
     {"results", "panels"},
     {"predict", "export", "selftest"},
     {"report_tables", "report_numbers"},
@@ -38,6 +38,7 @@ FLOORS = [
     {"outputs", "ablation_figure"},
     {"train", "benchmark"},
     {"ablation_member"},
+    {"ablation_plan"},
     {"ablation"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
