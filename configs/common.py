@@ -165,7 +165,7 @@ def _eval() -> ConfigDict:
             # 1: the image alone | 2 to 9: and copies of it, shifted and zoomed a little; logits and maps are averaged
             "num_copies": 1,  # looks at each image in a test, one after the other: so many times the time
             "overlay_intensity": 0.2,  # of the colour map over the X-ray (Figs. 1, 8)
-            "levels_run": "",  # workdir of a phantom run, whose dev hearts tuned a map level for boxes; '' = init.run
+            "levels_run": "",  # workdir of a phantom run, whose dev hearts tuned how maps become boxes; '' = init.run
             "prevalences": (0.0327, 0.0978, 0.2),  # precision, NPV ... are re-weighted to: training list, test, Table 4
             "num_bootstrap": 2000,  # patient-clustered resamples behind each interval
         }

@@ -22,10 +22,14 @@ SCALARS = ("num_boxes", "iou", "iobb", "pointing", "energy_ratio", "heart_energy
 BOX = ("x", "y", "w", "h")
 COLUMNS = ("map", "rule", "id", "patient", "predicted_positive", *SCALARS, *FALSE_POSITIVES, *BOX)
 SETS = ("all_boxed", "predicted_positives")
-CONTROLS = ("median_box", "image_centre", "random_map", "grid_box")
+THUMBNAIL = "thumbnail"  # the image itself, by area means on the grid of the maps
+CONTROLS = ("median_box", "image_centre", "random_map", "grid_box", THUMBNAIL)
 LEADING = ("attention", "evidence")  # the map that answers for a model, fixed before any is scored: the first it has
 GAIN = "iou_above_median_box"  # a map's IoU less that of the box which sees no image, of the same images
+THUMBNAIL_GAIN = "iou_above_thumbnail"  # less that of the box which the same reader reads off the thumbnail
 TUNED = "phantom_tuned"  # the rule whose level was tuned on phantoms, for each map its own
+READER = "phantom_reader"  # the rule by which a regression fitted on phantoms reads a box (`box_reader`)
+GAINS = {GAIN: "median_box", THUMBNAIL_GAIN: THUMBNAIL}  # and the control that is taken off
 RANDOM_WEIGHTS = "random_weights_"  # and the map's name: the same map of a freshly initialised network
 
 
@@ -119,7 +123,7 @@ def summarize_tables(tables: Sequence[LocalizationTable], *, num_resamples: int,
     Returns:
         set ('all_boxed', 'predicted_positives') -> {num_images, num_patients, rules}, where rules is
         rule -> map -> metric -> {estimate, low, high}, or None where nothing is defined, such as the overlap of a
-        centre. The metrics are `localization.compute_columns`, and of maps `GAIN`. Maps and rules that
+        centre. The metrics are `localization.compute_columns`, and of maps `GAINS`. Maps and rules that
         one of the runs lacks, such as a map of one value everywhere, are left out. Several runs give the mean over
         runs, with the variance between seeds in its interval.
 
@@ -139,7 +143,7 @@ def summarize_tables(tables: Sequence[LocalizationTable], *, num_resamples: int,
                 {metric: np.where(keep, values, np.nan)[either] for metric, values in _columns(table, *key).items()}
                 for keep, table in zip(keeps, tables, strict=True)
             ]
-            kinds = {metric: "difference" if metric == GAIN else find_kind(metric) for metric in runs[0]}
+            kinds = {metric: "difference" if metric in GAINS else find_kind(metric) for metric in runs[0]}
             options = {"num_resamples": num_resamples, "seed": seed}
             summary = bootstrap_group_means(runs, first.patients[either], kinds, **options)
             name, rule = key
@@ -154,10 +158,10 @@ def summarize_tables(tables: Sequence[LocalizationTable], *, num_resamples: int,
 
 def _columns(table: LocalizationTable, name: str, rule: str) -> dict[str, np.ndarray]:
     columns = compute_columns(table.scores[name, rule])
-    control = table.scores.get(("median_box", rule))
-    if control is None or is_control(name):
+    if is_control(name):
         return columns
-    return columns | {GAIN: columns["mean_iou"] - control.iou}
+    controls = {metric: (control, rule) for metric, control in GAINS.items() if (control, rule) in table.scores}
+    return columns | {metric: columns["mean_iou"] - table.scores[key].iou for metric, key in controls.items()}
 
 
 def _describe(value: Interval) -> dict[str, float] | None:

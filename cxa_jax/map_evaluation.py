@@ -6,11 +6,12 @@ import logging
 import jax
 import numpy as np
 
+from cxa_jax.box_reader import BoxReader, make_thumbnails, score_readers
 from cxa_jax.data.datasets import Split
 from cxa_jax.evaluate import Predictions, evaluate_split
 from cxa_jax.heat_maps import RULES
 from cxa_jax.localization import score_controls, score_maps
-from cxa_jax.localization_table import RANDOM_WEIGHTS, TUNED, LocalizationTable, find_leading_map
+from cxa_jax.localization_table import RANDOM_WEIGHTS, THUMBNAIL, TUNED, LocalizationTable, find_leading_map
 from cxa_jax.run import Run
 from cxa_jax.sharding import put_replicated
 from cxa_jax.steps import CONTROL
@@ -55,7 +56,12 @@ def find_boxed_images(split: Split) -> BoxedImages:
 
 
 def evaluate_maps(
-    run: Run, predictions: Predictions, boxed: BoxedImages, threshold: float, levels: dict[str, float] | None = None
+    run: Run,
+    predictions: Predictions,
+    boxed: BoxedImages,
+    threshold: float,
+    levels: dict[str, float] | None = None,
+    readers: dict[str, BoxReader] | None = None,
 ) -> LocalizationTable | None:
     """Score every map of the boxed images under every rule, and the controls; None without any box.
 
@@ -63,18 +69,19 @@ def evaluate_maps(
       predictions: of the split whose boxes they are.
       threshold: of a predicted positive, chosen on dev.
       levels: by map, tuned on phantoms (`map_levels`): one more rule for the maps that have one.
+      readers: of boxes, fitted on phantoms (`phantom_readers`): one more rule, of readers by name.
     """
     if not len(boxed.rows):
         return None
     rows, size = boxed.rows, run.dataset.image_size
     patients = predictions.index["patient"][rows]
     geometry = {"stride": run.model.backbone.stride, "offset": run.model.backbone.offset}
-    maps = {name: values[rows] for name, values in predictions.maps.items()}
-    scalings = {name: SCALINGS[name] for name in maps}
-    for name, values in _predict_with_random_weights(run, predictions.split, rows).items():
-        if name in maps:
-            maps[RANDOM_WEIGHTS + name], scalings[RANDOM_WEIGHTS + name] = values, SCALINGS[name]
+    maps = collect_maps(run, predictions, rows)
+    scalings = {name: SCALINGS[name.removeprefix(RANDOM_WEIGHTS)] for name in maps}
     scores = {}
+    if readers:
+        inputs = maps | {THUMBNAIL: collect_thumbnails(run, predictions, rows)}
+        scores = score_readers(readers, inputs, boxed.boxes, patients, size)
     for rule in (*RULES, TUNED) if levels else RULES:
         for name, values in maps.items():
             level = levels and levels.get(name.removeprefix(RANDOM_WEIGHTS))
@@ -97,6 +104,19 @@ def evaluate_maps(
         scores |= {(name, rule): values for name, values in controls.items()}
     called = predictions.score[rows] >= threshold
     return LocalizationTable(np.asarray(predictions.index["id"])[rows], called, scores)
+
+
+def collect_maps(run: Run, predictions: Predictions, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the maps [N, h, w] of some images by name, and after them those of random weights."""
+    maps = {name: values[rows] for name, values in predictions.maps.items()}
+    random = _predict_with_random_weights(run, predictions.split, rows)
+    return maps | {RANDOM_WEIGHTS + name: values for name, values in random.items() if name in maps}
+
+
+def collect_thumbnails(run: Run, predictions: Predictions, rows: np.ndarray) -> np.ndarray:
+    """Return the images themselves on the grid of their maps, [N, h, w]."""
+    split = run.dataset.splits[predictions.split]
+    return make_thumbnails((split.read_image(int(row)) for row in rows), predictions.attention.shape[1:])
 
 
 def _predict_with_random_weights(run: Run, split_name: str, rows: np.ndarray) -> dict[str, np.ndarray]:

@@ -2,8 +2,19 @@
 
 from typing import Any
 
+from cxa_jax.box_reader import ALL_MAPS, WITH_MAPS
 from cxa_jax.localization import IOBB_THRESHOLDS
-from cxa_jax.localization_table import CONTROLS, GAIN, RANDOM_WEIGHTS, SETS, TUNED
+from cxa_jax.localization_table import (
+    CONTROLS,
+    GAIN,
+    GAINS,
+    RANDOM_WEIGHTS,
+    READER,
+    SETS,
+    THUMBNAIL,
+    THUMBNAIL_GAIN,
+    TUNED,
+)
 from cxa_jax.map_evaluation import PROTOCOL
 from cxa_jax.report_tables import Table, format_interval, format_number
 
@@ -13,6 +24,9 @@ MAP_NAMES = {
     "evidence": "class evidence",
     "cam": "CAM",
     "grad_cam": "Grad-CAM",
+    ALL_MAPS: "all maps together",
+    WITH_MAPS: "thumbnail and all maps",
+    THUMBNAIL: "control: the image's thumbnail",
     "median_box": "control: median box of the other patients",
     "image_centre": "control: image centre",
     "random_map": "control: random map",
@@ -23,10 +37,11 @@ RULE_NAMES = {
     "otsu": "Otsu, largest component",
     "wang": "60 and 180 of 255, every component (Wang 2017)",
     TUNED: "a level tuned on phantoms, largest component",
+    READER: "ridge regression fitted on phantoms' dev hearts",
 }
 SET_NAMES = {"all_boxed": "all boxed positives", "predicted_positives": "boxed positives that the model calls positive"}
 HEAD = ("model", "map", "images (patients)")
-OVERLAP = ("mean_iou", GAIN, "accuracy_iou_0.1", "accuracy_iou_0.3", "accuracy_iou_0.5", "accuracy_iou_0.7")
+OVERLAP = ("mean_iou", *GAINS, "accuracy_iou_0.1", "accuracy_iou_0.3", "accuracy_iou_0.5", "accuracy_iou_0.7")
 POINTING = ("pointing", "energy_ratio", "heart_energy_ratio", "miss_rate")
 # Accuracy and average false positives at each of IOBB_THRESHOLDS, of Cardiomegaly (Wang et al. 2017).
 WANG_PUBLISHED = ((0.9931, 0.3506), (0.9794, 0.4553), (0.8767, 0.5630), (0.7260, 0.6616), (0.6849, 0.7226))
@@ -89,6 +104,11 @@ def _tabulate_overlap(groups: list[dict[str, Any]], which: str, rule: str) -> Ta
         note = f"{note} Of the boxes of a map the one of the largest overlap counts, of which a control has one."
     if rule == TUNED:
         note = f"{_describe_levels(groups)} {note}"
+    if rule == READER:
+        note = (
+            "A regression finds the heart in the image's thumbnail and in maps of random weights, too: a map counts "
+            f"for its network only by what it has above these. {note}"
+        )
     return Table(title, head, rows, note, folded=(which, rule) != ("all_boxed", "half_max"))
 
 
@@ -123,5 +143,5 @@ def _tabulate_iobb(groups: list[dict[str, Any]], which: str, phantom: bool) -> T
 
 
 def _column_name(column: str) -> str:
-    names = {"mean_iou": "mean IoU", GAIN: "less the median box's"}
+    names = {"mean_iou": "mean IoU", GAIN: "less the median box's", THUMBNAIL_GAIN: "less the thumbnail's"}
     return names.get(column, column.replace("accuracy_iou_", "IoU > ").replace("_", " "))
