@@ -4,6 +4,7 @@ Protocol: map [h, w] -> aligned bilinear upsampling -> scaling -> threshold -> 8
 boxes (`cxa_jax.heat_maps`) -> comparison with the one true box. No threshold is fitted to the true boxes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -21,7 +22,15 @@ from cxa_jax.boxes import (
 )
 from cxa_jax.errors import UserError
 from cxa_jax.group_statistics import bootstrap_group_means
-from cxa_jax.heat_maps import compute_cell_centers, detect_boxes, height_and_width, scale_map, upsample_maps
+from cxa_jax.heat_maps import (
+    Rule,
+    compute_cell_centers,
+    detect_boxes,
+    height_and_width,
+    make_rule,
+    scale_map,
+    upsample_maps,
+)
 from cxa_jax.intervals import Interval
 from cxa_jax.statistics import NUM_RESAMPLES
 
@@ -89,11 +98,28 @@ def score_maps(
     image_size: int | tuple[int, int],
     stride: float,
     offset: float,
-    rule: str | float,
+    rule: Rule | str | float,
     *,
     scaling: str = "min_max",
     heart_masks: ArrayLike | None = None,
 ) -> LocalizationScores:
+    """Score maps against one true box each under one rule; arguments as of `score_maps_by_rules`."""
+    options = {"scaling": scaling, "heart_masks": heart_masks}
+    return score_maps_by_rules(maps, boxes, patients, image_size, stride, offset, [rule], **options)[0]
+
+
+def score_maps_by_rules(
+    maps: ArrayLike,
+    boxes: ArrayLike,
+    patients: ArrayLike,
+    image_size: int | tuple[int, int],
+    stride: float,
+    offset: float,
+    rules: Sequence[Rule | str | float],
+    *,
+    scaling: str = "min_max",
+    heart_masks: ArrayLike | None = None,
+) -> list[LocalizationScores]:
     """Score maps against one true box each; images are taken one by one, so memory does not grow with N.
 
     Args:
@@ -103,15 +129,19 @@ def score_maps(
         image_size: (H, W) or the side of a square, px, of that image.
         stride: px between cells.
         offset: px of cell 0's centre.
-        rule: threshold rule, see `threshold_map`.
-        scaling: see `scale_map`; W needs 'unit', signed evidence 'positive'.
+        rules: threshold rules, see `heat_maps.Rule`; one with a scaling of its own has it for its boxes alone.
+        scaling: see `scale_map`; W needs 'unit', signed evidence 'positive' or 'absolute'.
         heart_masks: [N, H, W], non-zero on the heart (phantom); adds heart_energy_ratio.
 
+    Returns:
+        Scores under each rule; pointing and energy are the same in all.
+
     Raises:
-        UserError: maps, boxes, patients or masks that do not fit together, a map with nan, a box outside the image.
+        UserError: maps, boxes, patients or masks that do not fit together, a map with nan, a box outside the image, an
+            unknown rule or scaling.
     """
     maps, patients = np.asarray(maps, np.float64), np.asarray(patients)
-    height, width = height_and_width(image_size)
+    rules, (height, width) = [make_rule(rule) for rule in rules], height_and_width(image_size)
     boxes = check_boxes(boxes, height, width)
     if maps.ndim != 3 or not len(maps) == len(boxes) == len(patients):
         raise UserError(
@@ -122,16 +152,21 @@ def score_maps(
     broken = ~np.isfinite(maps).all(axis=(1, 2))
     if broken.any():
         raise UserError(f"maps[{int(np.argmax(broken))}] holds nan or infinity ({int(broken.sum())} of {len(maps)} do)")
-    rows = []
+    rows = [[] for _ in rules]
     for index, (cells, box) in enumerate(zip(maps, boxes, strict=True)):
-        values = scale_map(upsample_maps(cells, (height, width), stride, offset), scaling)
-        row = _score_detections(detect_boxes(values, rule), box)
-        row["pointing"] = compute_pointing(cells, box, stride, offset) if values.max() > 0 else 0.0
-        row["energy_ratio"] = compute_energy_ratio(values, compute_coverage(box, height, width))
+        upsampled = upsample_maps(cells, (height, width), stride, offset)
+        values = scale_map(upsampled, scaling)
+        strength = np.abs(cells) if scaling == "absolute" else cells
+        same = {
+            "pointing": compute_pointing(strength, box, stride, offset) if values.max() > 0 else 0.0,
+            "energy_ratio": compute_energy_ratio(values, compute_coverage(box, height, width)),
+        }
         if heart_masks is not None:
-            row["heart_energy_ratio"] = compute_energy_ratio(values, np.asarray(heart_masks[index]) != 0)
-        rows.append(row)
-    return _stack_rows(rows, patients)
+            same["heart_energy_ratio"] = compute_energy_ratio(values, np.asarray(heart_masks[index]) != 0)
+        for rule, scored in zip(rules, rows, strict=True):
+            cut = values if rule.scaling in (None, scaling) else scale_map(upsampled, rule.scaling)
+            scored.append(_score_detections(detect_boxes(cut, rule), box) | same)
+    return [_stack_rows(scored, patients) for scored in rows]
 
 
 def _score_detections(detected: np.ndarray, box: np.ndarray) -> dict[str, np.ndarray | float]:
@@ -177,7 +212,7 @@ def score_controls(
     map_size: tuple[int, int],
     stride: float,
     offset: float,
-    rule: str | float,
+    rule: Rule | str | float,
     *,
     scaling: str = "min_max",
     seed: int | np.random.Generator = 0,
