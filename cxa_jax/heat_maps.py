@@ -22,9 +22,9 @@ class Rule(NamedTuple):
     """How boxes are cut off a scaled map.
 
     Attributes:
-        kind: 'wang' (60 and 180 of 255, two masks), 'half_max' (at least half of the map's maximum), 'otsu' (above Otsu's
-            level), 'level' (at least `value`), 'percentile' (above the `value`-th percentile of the pixels; where the
-            strongest pixels are tied beyond it, those).
+        kind: 'wang' (60 and 180 of 255, two masks), 'half_max' (at least half of the map's maximum), 'otsu' (above
+            Otsu's level), 'level' (at least `value`), 'percentile' (above the `value`-th percentile of the pixels;
+            where the strongest pixels are tied beyond it, those).
         value: of 'level' in (0, 1), of 'percentile' in (0, 100).
         components: the box of the 'largest' 8-connected component, one box about 'all' of them, a box for 'each'.
         scaling: of the map before it is cut, see `scale_map`; None: the map's own.
@@ -41,7 +41,7 @@ RULES = tuple(NAMED_RULES)
 
 
 def make_rule(rule: Rule | str | float) -> Rule:
-    """Return a rule from its short form: a name of `RULES`, a level such as 0.3, a percentile such as 'p85' or 'p85_all'.
+    """Return a rule from its short form: a name of `RULES`, a level (0.3), a percentile ('p85' or 'p85_all').
 
     Raises:
         UserError: unknown name, components or kind, or a value outside its range.

@@ -39,6 +39,18 @@ IOBB_THRESHOLDS = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
 @dataclass(frozen=True)
+class BoxedImages:
+    """The positives of a split that have a true box: rows [N], boxes [N, 4] in px, hearts [N, H, W] or None.
+
+    On phantoms the boxes are the hearts', and negatives have them too; they are left out as in NIH's list.
+    """
+
+    rows: np.ndarray
+    boxes: np.ndarray
+    hearts: np.ndarray | None
+
+
+@dataclass(frozen=True)
 class LocalizationScores:
     """Scores of N images. A map without anything above the threshold is a miss: IoU, IoBB 0, no box, no false one.
 
