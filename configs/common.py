@@ -153,7 +153,7 @@ def _eval() -> ConfigDict:
             "batch_size": 32,  # images; memory is bounded by it
             "image_size": 0,  # px, test-time size; 0 = the training size (A14)
             "overlay_intensity": 0.2,  # of the colour map over the X-ray (Figs. 1, 8)
-            "levels_run": "",  # workdir of a phantom run, whose dev hearts tuned a map level for boxes; '' = init.run
+            "levels_run": "",  # workdir of a phantom run, whose dev hearts tuned maps' rules for boxes; '' = init.run
             "prevalences": (0.0327, 0.0978, 0.2),  # precision, NPV ... are re-weighted to: training list, test, Table 4
             "num_bootstrap": 2000,  # patient-clustered resamples behind each interval
         }

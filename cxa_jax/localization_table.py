@@ -26,7 +26,7 @@ CONTROLS = ("median_box", "image_centre", "random_map", "grid_box")
 LEADING = ("attention", "evidence")  # the map that answers for a model, fixed before any is scored: the first it has
 TUNED = "phantom_tuned"  # the rule that was tuned on phantoms' dev split, for each map its own
 ANSWERING = (TUNED, "half_max")  # the rule that answers for a model: the first that its leading map has
-# Controls that each map has of its own, as PREFIX_NAME: what the map is worth without what it says of this image.
+# Controls that each map has of its own, as CONTROL_NAME, under ANSWERING rules: what it says whatever the image.
 RANDOM_WEIGHTS, MEAN_MAP, SHUFFLED = "random_weights", "mean_map", "shuffled"
 MAP_CONTROLS = (RANDOM_WEIGHTS, MEAN_MAP, SHUFFLED)
 MAP_CONTROL_METRICS = ("mean_iou", "pointing", "energy_ratio", "heart_energy_ratio", "miss_rate")

@@ -1,6 +1,8 @@
 """Controls that ask whether a map is only the prior: its mean, another patient's, and that of an untrained network."""
 
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,11 +19,11 @@ from cxa_jax.train_state import create_train_state
 
 log = logging.getLogger(__name__)
 
-NUM_AVERAGED = 512  # first training images, of both classes, that a mean map is of
+NUM_AVERAGED = 512  # training images, of both classes, that a mean map is of
 
 
 def average_training_maps(run: Run, variables: PyTree) -> dict[str, np.ndarray] | None:
-    """Compute the mean of each map over the first training images: what it shows whatever the image.
+    """Compute the mean of each map over training images, evenly spaced in their order: what it shows of any image.
 
     Args:
       run: whose training images.
@@ -30,9 +32,11 @@ def average_training_maps(run: Run, variables: PyTree) -> dict[str, np.ndarray] 
     Returns:
       map -> [h, w], of magnitudes where the map is scored by them; None without training images.
     """
-    rows = np.arange(min(NUM_AVERAGED, len(run.dataset.splits["train"].source)))
-    if not len(rows):
+    num_images = len(run.dataset.splits["train"].source)
+    if not num_images:
         return None
+    count = min(NUM_AVERAGED, num_images)
+    rows = np.arange(count) * num_images // count
     derived = derive_maps(_predict_rows(run, variables, "train", rows).maps)
     return {
         name: (np.abs(maps) if MAP_KINDS[name].scaling == "absolute" else maps).mean(axis=0)
@@ -51,13 +55,26 @@ def predict_with_random_weights(run: Run, split_name: str, rows: np.ndarray) -> 
     return derive_maps(finite)
 
 
+class _Rows(Sequence):
+    """Some rows of a source, each read when it is asked for."""
+
+    def __init__(self, source: Sequence[dict[str, Any]], rows: np.ndarray):
+        self._source, self._rows = source, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return self._source[int(self._rows[row])]
+
+
 def _predict_rows(run: Run, variables: PyTree, split_name: str, rows: np.ndarray) -> Predictions:
     split = run.dataset.splits[split_name]
     index = {name: values[rows] for name, values in split.index.items()}
     return evaluate_split(
         run.eval_step,
         variables,
-        Split(split.name, [split.source[int(row)] for row in rows], index),
+        Split(split.name, _Rows(split.source, rows), index),
         run.mesh,
         batch_size=run.config.eval.batch_size,
         num_threads=0,

@@ -11,12 +11,14 @@ from cxa_jax.heat_maps import RULES, Rule
 from cxa_jax.intervals import Interval
 from cxa_jax.localization import BoxedImages, LocalizationScores, score_controls, score_maps_by_rules
 from cxa_jax.localization_table import (
+    ANSWERING,
     MEAN_MAP,
     RANDOM_WEIGHTS,
     SHUFFLED,
     TUNED,
     LocalizationTable,
     find_leading_map,
+    is_control,
     split_control,
 )
 from cxa_jax.map_controls import draw_donors, predict_with_random_weights
@@ -136,6 +138,8 @@ def _score_by_rules(
     scores = {}
     for name, values in maps.items():
         rules = dict(zip(RULES, RULES, strict=True)) | _tuned_rule(name, tuned)
+        if is_control(name):  # for what answers alone, or most of the time would go into them
+            rules = {rule: cut for rule, cut in rules.items() if rule in ANSWERING}
         options = geometry | {"scaling": _scaling_of(name), "heart_masks": boxed.hearts}
         found = score_maps_by_rules(values, *place, rules=list(rules.values()), **options)
         scores |= {(name, rule): each for rule, each in zip(rules, found, strict=True)}
