@@ -56,7 +56,8 @@ def train_member(config: ConfigDict, workdir: str, rules: Sequence[str]) -> None
 def score_weights(run: Run, test: Predictions, rules: Sequence[str]) -> dict[str, np.ndarray]:
     """Score the pooling's own map p of every boxed positive, and the controls that look at no image.
 
-    p is scaled by its maximum, not stretched: a constant p stays constant, so plain averaging scores as chance does.
+    p is scaled by its maximum, not stretched: a constant p stays constant, so plain averaging points as chance does and
+    has no box.
 
     Args:
       run: the run.

@@ -20,8 +20,8 @@ from cxa_jax.boxes import check_boxes, compute_median_boxes
 from cxa_jax.errors import UserError
 from cxa_jax.heat_maps import height_and_width
 from cxa_jax.localization import LocalizationScores, score_boxes
-from cxa_jax.localization_table import RANDOM_WEIGHTS, READER, THUMBNAIL, is_control
-from cxa_jax.thumbnail import compute_thumbnail_features
+from cxa_jax.localization_table import RANDOM_WEIGHTS, READER, is_control
+from cxa_jax.scored_maps import THUMBNAIL
 
 ALPHAS = tuple(10 ** (power / 2) for power in range(-2, 11))  # of ridge regression, 0.1 to 100,000
 NUM_FOLDS = 5
@@ -62,17 +62,11 @@ def list_readers(maps: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """
     maps = list(maps)
     readers = {name: (name,) for name in (THUMBNAIL, *maps)}
-    for prefix in ("", RANDOM_WEIGHTS):
+    for prefix in ("", f"{RANDOM_WEIGHTS}_"):
         together = tuple(name for name in maps if is_control(name) == bool(prefix))
         if together:
             readers |= {prefix + ALL_MAPS: together, prefix + WITH_MAPS: (THUMBNAIL, *together)}
     return readers
-
-
-def make_thumbnails(images: Iterable[np.ndarray], grid: tuple[int, int]) -> np.ndarray:
-    """Return the area means float64 [N, h, w] of min-max normalised images uint8 [H, W, 1]: what needs no network."""
-    rows = [compute_thumbnail_features(image[None], grid)[0] for image in images]
-    return np.reshape(rows, (-1, *grid))
 
 
 def fit_reader(
@@ -220,7 +214,7 @@ def _flatten(names: Iterable[str], maps: Mapping[str, ArrayLike]) -> tuple[np.nd
         values = np.asarray(maps[name], np.float64)
         if values.ndim != 3 or not np.isfinite(values).all():
             raise UserError(f"map {name!r} is {values.shape}; needed is [N, h, w] without nan or infinity")
-        if name.removeprefix(RANDOM_WEIGHTS) == "attention":
+        if name.removeprefix(f"{RANDOM_WEIGHTS}_") == "attention":
             values = logit(np.clip(values, EPSILON, 1 - EPSILON))
         columns.append(values)
     if len({values.shape for values in columns}) != 1:

@@ -9,9 +9,11 @@ import numpy as np
 from cxa_jax.box_reader import BoxReader, fit_readers, load_readers
 from cxa_jax.errors import UserError
 from cxa_jax.evaluate import Predictions
-from cxa_jax.localization_table import THUMBNAIL, is_control
-from cxa_jax.map_evaluation import BoxedImages, collect_maps, collect_thumbnails
+from cxa_jax.localization import BoxedImages
+from cxa_jax.localization_table import RANDOM_WEIGHTS, is_control, split_control
+from cxa_jax.map_evaluation import collect_maps
 from cxa_jax.run import Run
+from cxa_jax.scored_maps import THUMBNAIL
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +31,13 @@ def fit_phantom_readers(run: Run, predictions: Predictions, boxed: BoxedImages) 
     if len(np.unique(patients)) < 2:
         log.info("no reader of boxes: the dev split has positives of one patient alone")
         return None
-    inputs = collect_maps(run, predictions, boxed.rows)
-    inputs[THUMBNAIL] = collect_thumbnails(run, predictions, boxed.rows)
+    maps = collect_maps(run, predictions, boxed, None)
+    read = (None, RANDOM_WEIGHTS)  # the network's own maps and their untrained twins: what is made of them adds nothing
+    inputs = {
+        name: values
+        for name, values in maps.items()
+        if name == THUMBNAIL or (split_control(name)[0] in read and split_control(name)[1] in predictions.maps)
+    }
     return fit_readers(inputs, boxed.boxes, patients, run.dataset.image_size)
 
 

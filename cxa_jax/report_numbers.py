@@ -162,7 +162,8 @@ def describe_group(group: Group, num_resamples: int, seed: int) -> dict[str, Any
     if tables:
         described["localization"] = summarize_tables(tables, num_resamples=num_resamples, seed=seed)
         found = [result.metrics["localization"] for result in group.results if result.boxes is not None]
-        described["localization"]["levels"] = [facts.get("levels") for facts in found]  # runs of older versions: none
+        for name in ("tuned_rules", "threshold_free"):
+            described["localization"][name] = [facts.get(name) for facts in found]  # runs of older versions: none
     return described
 
 

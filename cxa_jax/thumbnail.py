@@ -2,6 +2,8 @@
 position, size and brightness at most.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.linear_model import LogisticRegression
@@ -47,6 +49,12 @@ def compute_thumbnail_features(
         means[row] = vertical @ image.astype(np.float64) @ horizontal.T
     spread = np.where(high > low, high - low, 1.0)
     return ((means - low) / spread).reshape(len(images), -1)
+
+
+def make_thumbnails(images: Iterable[np.ndarray], grid: tuple[int, int]) -> np.ndarray:
+    """Return the area means float64 [N, h, w] of min-max normalised images uint8 [H, W, 1]: what needs no network."""
+    rows = [compute_thumbnail_features(image[None], grid)[0] for image in images]
+    return np.reshape(rows, (-1, *grid))
 
 
 def _area_means(size_px: int, num_cells: int) -> np.ndarray:

@@ -50,9 +50,9 @@ def test_they_are_fitted_on_the_positives_of_dev_alone(run, predicted, fitted):
     dev, split = predicted["dev"], run.dataset.splits["dev"]
     rows = np.flatnonzero(dev.label == 1)
     maps = collect_maps(run, dev, rows)
-    assert set(maps) == MAPS | {RANDOM_WEIGHTS + name for name in MAPS} and MAPS <= set(SCALINGS)
+    assert set(maps) == MAPS | {f"{RANDOM_WEIGHTS}_" + name for name in MAPS} and MAPS <= set(SCALINGS)
     np.testing.assert_array_equal(maps["evidence"], dev.evidence[rows])
-    assert not np.allclose(maps[RANDOM_WEIGHTS + "evidence"], maps["evidence"])
+    assert not np.allclose(maps[f"{RANDOM_WEIGHTS}_" + "evidence"], maps["evidence"])
     thumbnails = collect_thumbnails(run, dev, rows)
     images = np.stack([split.source[row]["image"] for row in rows])
     np.testing.assert_allclose(thumbnails.reshape(len(rows), -1), compute_thumbnail_features(images, (2, 2)))
@@ -71,7 +71,7 @@ def test_they_are_one_more_rule_of_a_test(run, predicted, fitted, tmp_path):
     rows = {name for name, rule in table.scores if rule == READER}
     together = {"all_maps", "thumbnail_and_maps"}
     own = MAPS | together
-    assert rows == own | {RANDOM_WEIGHTS + name for name in own} | {"thumbnail", "median_box"}
+    assert rows == own | {f"{RANDOM_WEIGHTS}_" + name for name in own} | {"thumbnail", "median_box"}
     assert table.scores["evidence", READER].iou.min() > 0.999  # all tiny boxes are one box
     with (tmp_path / "localization_test.csv").open() as file:
         assert READER in {row["rule"] for row in csv.DictReader(file)}
