@@ -35,10 +35,13 @@ def densenet():
 
 
 def network_and_variables(name):
-    module = NETWORKS[name]
+    return NETWORKS[name], draw_variables(NETWORKS[name])
+
+
+def draw_variables(module):
+    """Return positive variables, the same ones at each call."""
     rng = np.random.default_rng(0)
-    variables = jax.tree.map(lambda a: rng.uniform(0.5, 1, a.shape).astype(np.float32), random_variables(module))
-    return module, variables
+    return jax.tree.map(lambda a: rng.uniform(0.5, 1, a.shape).astype(np.float32), random_variables(module))
 
 
 def layer_arrays(module, variables):
@@ -104,6 +107,42 @@ def test_numbered_groups(network, tmp_path, named):
     module, variables = network
     write_variables(tmp_path / "w.weights.h5", layer_arrays(module, variables), named)
     assert_loads(module, tmp_path / "w.weights.h5", variables)
+
+
+CUT = {"resnet": (ResNet((1, 2, 1, 1)), 8), "inception_resnet_v2": (NETWORKS["inception_resnet_v2"], 16)}
+
+
+def write_unnamed(path, layers):
+    write_variables(path, layers, named=False)
+
+
+@pytest.mark.parametrize("write", [write_groups, write_unnamed])
+@pytest.mark.parametrize("name", CUT)
+def test_a_cut_network_takes_the_first_layers(tmp_path, name, write):
+    whole, stride = CUT[name]
+    variables, module = draw_variables(whole), whole.clone(stride=stride)
+    layers = layer_arrays(whole, variables)
+    write(tmp_path / "w.weights.h5", layers)
+    expected = {
+        kind: {layer: variables[kind][layer] for layer in tree} for kind, tree in random_variables(module).items()
+    }
+    assert len(expected["params"]) < len(variables["params"])
+    assert_loads(module, tmp_path / "w.weights.h5", expected)
+    assert_loads(whole.clone(stride=stride, stride_by="dilate"), tmp_path / "w.weights.h5", variables)
+
+
+@pytest.mark.parametrize(("missing", "place"), [("conv3_block2_2_conv", "stage2_block2/conv2/kernel"), (None, None)])
+def test_a_cut_network_takes_no_other_file(tmp_path, missing, place):
+    whole, stride = CUT["resnet"]
+    layers = [layer for layer in layer_arrays(whole, draw_variables(whole)) if layer[0] != missing]
+    if missing:
+        message = f"no array for params/{place}"
+    else:
+        layers.append(("conv6_block1_1_conv", CONV, {"kernel": np.ones((1, 1, 8, 8), "f")}))
+        message = "'conv6_block1_1_conv/kernel:0' .* has no place"
+    write_groups(tmp_path / "w.h5", layers)
+    with pytest.raises(UserError, match=message):
+        load_variables(whole.clone(stride=stride), tmp_path / "w.h5", "resnet50")
 
 
 def test_names_win_over_order(network, tmp_path):

@@ -83,6 +83,8 @@ def _match_arrays(
     for layer, file_layer in pairs:
         slots = [(role, (top, *layer.path, leaf)) for role, (top, leaf) in PLACES[layer.kind].items()]
         slots = [(role, place) for role, place in slots if place in places]
+        if not slots:  # a layer of the whole network, behind the last stage of a cut one
+            continue
         for k, (role, place) in enumerate(slots):
             expected = f"{'/'.join(place)} {places[place].shape} (Keras: {layer.name}/{role})"
             if file_layer is None or k >= len(file_layer.arrays):

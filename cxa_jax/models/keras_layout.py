@@ -27,7 +27,8 @@ def keras_layers(backbone: nn.Module) -> list[KerasLayer]:
     """List the layers of a backbone, those of one kind in the order of Keras' `model.layers` and so of weight files.
 
     That order is by distance from the output, so the layers of parallel branches alternate. Automatic names are in the
-    order of creation, branch by branch, and counted from 0: 'conv2d_0'.
+    order of creation, branch by branch, and counted from 0: 'conv2d_0'. Of a cut backbone these are the whole network's
+    layers, as files have them; nothing of it stands at the paths behind its last stage.
     """
     if isinstance(backbone, DenseNet):
         return list(_densenet(backbone.num_layers))
