@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from cxa_jax.model_names import name_backbone
 from cxa_jax.seed_comparison import SeedSamples, combine, compare, sample_auroc, sample_means
 
 METRICS = ("auroc", "pointing", "energy_ratio", "mean_iou")
@@ -157,7 +158,7 @@ def _flat(metrics: dict[str, Any], suffix: str = "") -> dict[str, float]:
 def format_table(report: dict[str, Any]) -> str:
     """Return the report as Markdown: AMM against GAP first, then all poolings, the controls, and the differences."""
     data, poolings = report["data"], report["poolings"]
-    lines = [f"# Ablation of the pooling, {report['config']['model.backbone']}, {data['image_size']} px", ""]
+    lines = [f"# Ablation of the pooling, {name_backbone(report['config'])}, {data['image_size']} px", ""]
     lines += [
         f"{data['description'].split(' [')[0]}. Test: {data['num_test_images']:,} images, {data['num_positives']:,} "
         f"positive, {data['num_patients']:,} patients; {data['num_boxed']:,} boxed positives of "

@@ -8,6 +8,7 @@ from cxa_jax.errors import UserError
 from cxa_jax.evaluate import Predictions
 from cxa_jax.localization import score_maps
 from cxa_jax.map_evaluation import SCALINGS, BoxedImages
+from cxa_jax.model_names import name_backbone
 from cxa_jax.run import Run
 from cxa_jax.trained_network import read_metrics
 
@@ -51,7 +52,8 @@ def find_levels(run: Run, tuned: dict[str, dict[str, float]] | None) -> MapLevel
     metrics = read_metrics(pathlib.Path(folder).expanduser())
     found = metrics and metrics.get("phantom_tuned_levels")
     if found:
-        model = "-".join(metrics["config"][f"model.{field}"] for field in ("backbone", "pooling", "head"))
+        config = metrics["config"]
+        model = "-".join([name_backbone(config), config["model.pooling"], config["model.head"]])
         source = f"dev hearts of the phantoms of {pathlib.Path(folder).name} ({model}, {metrics['image_size']} px)"
         return MapLevels({name: row["threshold"] for name, row in found.items()}, source)
     if named:
