@@ -3,7 +3,6 @@
 import io
 import subprocess
 import sys
-from functools import partial
 
 import h5py
 import jax
@@ -294,14 +293,12 @@ def test_a_huge_claim_is_refused_unread(densenet, tmp_path):
         load_variables(module, tmp_path / "w.h5", "densenet121")
 
 
-@pytest.mark.parametrize("write", [write_groups, partial(write_variables, named=False)], ids=["names", "order"])
+@pytest.mark.parametrize("write", [write_groups, write_unnamed])
 @pytest.mark.parametrize(("stride", "norm"), [(8, "transition2"), (16, "transition3"), (32, "")])
 def test_a_cut_densenet_takes_the_first_stages_of_the_whole_files(tmp_path, write, stride, norm):
     """Its closing norm is the one that the whole network has there."""
     module = DenseNet((1, 2, 1, 1))
-    rng = np.random.default_rng(0)
-    whole = jax.tree.map(lambda a: rng.uniform(0.5, 1, a.shape).astype(np.float32), random_variables(module))
-    path = tmp_path / "w.h5"
+    whole, path = draw_variables(module), tmp_path / "w.h5"
     write(path, layer_arrays(module, whole))
     found = load_variables(module.clone(stride=stride), path, "densenet121")
     shapes = jax.eval_shape(module.clone(stride=stride).init, jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32))
