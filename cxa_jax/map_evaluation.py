@@ -107,7 +107,7 @@ def _predict_with_random_weights(run: Run, split_name: str, rows: np.ndarray) ->
     key = jax.random.fold_in(run.root_key, CONTROL)
     state = create_train_state(key, run.model, run.tx, run.config.data.image_size)
     predicted = evaluate_split(
-        run.eval_step,
+        run.test_step,
         put_replicated(state.variables, run.mesh),
         subset,
         run.mesh,
