@@ -104,6 +104,7 @@ def _model(backbone: str) -> ConfigDict:
             "labels": "cardiomegaly",  # 'cardiomegaly' | 'findings': NIH's 13 others too, a map for each (A3); X-rays
             # 'normalized': W multiplies BN(F) | 'raw': F (A1) | 'all_normalized': BN(F), and GAP and the others read it
             "attended": "normalized",  # what the pooling reads
+            "attention_bound": 0.0,  # b: z -> b tanh(z / b), so W stays off 0 and 1; 0 = unbounded, the paper
             "dropout": 0.5,  # before each dense layer of the head (A6)
             "dtype": "float32",  # compute type of the backbone: 'float32' | 'bfloat16' (GPUs; the rest stays float32)
             "implementation": "auto",  # graph of the backbone: 'auto' | 'plain' | 'fused' | 'kernels'; same function

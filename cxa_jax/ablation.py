@@ -53,7 +53,9 @@ def _ablate(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
     log_to_file(folder)
     for member in make_members(config, config.data.name, plan, folder):
         check_model(member.config.model)
-        check_config(member.config, BACKBONES[config.model.backbone]().min_size)
+        model = member.config.model
+        backbone = BACKBONES[model.backbone](stride=model.stride, stride_by=model.stride_by)
+        check_config(member.config, backbone.min_size)
     dataset = load_dataset(config.data)
     log.info("data: %s\n%s", dataset.description, describe_splits(dataset))
     members = make_members(config, dataset.name, plan, folder)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from cxa_jax.ablation_arms import Arm, find_references, find_step_reference, title_metrics
+from cxa_jax.model_names import name_backbone
 from cxa_jax.seed_comparison import SeedSamples, combine, compare, sample_auroc, sample_means
 
 BOUNDS = {"energy_ratio": (0.0, np.inf)}  # all others lie in [0, 1]
@@ -176,8 +177,10 @@ def _flat(metrics: dict[str, Any], suffix: str = "") -> dict[str, float]:
 def format_table(report: dict[str, Any]) -> str:
     """Return the report as Markdown: AMM against GAP first, then all arms, the controls, and the differences."""
     data, poolings, differences = report["data"], report["poolings"], report["differences"]
-    compared = "the pooling" if len({own["stride"] for own in poolings.values()}) == 1 else "pooling and stride"
-    lines = [f"# Ablation of {compared}, {report['config']['model.backbone']}, {data['image_size']} px", ""]
+    one_stride = len({own["stride"] for own in poolings.values()}) == 1
+    compared = "the pooling" if one_stride else "pooling and stride"
+    backbone = name_backbone(report["config"]) if one_stride else report["config"]["model.backbone"]
+    lines = [f"# Ablation of {compared}, {backbone}, {data['image_size']} px", ""]
     lines += [
         f"{data['description'].split(' [')[0]}. Test: {data['num_test_images']:,} images, {data['num_positives']:,} "
         f"positive, {data['num_patients']:,} patients; {data['num_boxed']:,} boxed positives of "

@@ -22,6 +22,7 @@ from cxa_jax.heat_maps import (
 )
 from cxa_jax.localization import BoxedImages, score_maps
 from cxa_jax.map_controls import collect_thumbnails
+from cxa_jax.model_names import name_backbone
 from cxa_jax.run import Run
 from cxa_jax.scored_maps import MAP_KINDS, THUMBNAIL, derive_maps
 from cxa_jax.threshold_free import Frame, reduce_frame
@@ -76,7 +77,8 @@ def find_rules(run: Run, tuned: dict[str, dict[str, Any]] | None) -> MapRules | 
     metrics = read_metrics(pathlib.Path(folder).expanduser())
     found = metrics and metrics.get("phantom_tuned_rules")
     if found:
-        model = "-".join(metrics["config"][f"model.{field}"] for field in ("backbone", "pooling", "head"))
+        config = metrics["config"]
+        model = "-".join([name_backbone(config), config["model.pooling"], config["model.head"]])
         source = f"dev hearts of the phantoms of {pathlib.Path(folder).name} ({model}, {metrics['image_size']} px)"
         return MapRules(_read_rules(found), source)
     if named and metrics and "phantom_tuned_levels" in metrics:

@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"errors", "array_types", "interruption", "file_lock", "digests", "device_memory", "garbage"},
     {"atomic_files", "console", "masked_cells", "findings", "hlo", "flops", "usage", "distributed"},
-    {"pooling", "losses", "metrics", "heat_maps", "map_refinement", "boxes", "predictions", "optimizer", "workdir"},
+    {"pooling", "losses", "metrics", "heat_maps", "map_refinement", "boxes", "predictions", "optimizer", "workdir", "model_names"},
     {"weighted_statistics"},
     {"intervals"},
     {"evidence", "statistics", "calibration", "thumbnail"},
