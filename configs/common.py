@@ -143,6 +143,10 @@ def _train() -> ConfigDict:
             "label_smoothing": 0.1,  # of 'smoothed': 0 is Eq. (1), 1 forgets the labels
             "gce_exponent": 0.7,  # of 'gce': towards 0 Eq. (1), 1 the mean absolute error
             "attention_negative_weight": 0.0,  # adds weight x mean W over negatives to the loss; 0 = the paper's loss
+            # Training batches, not augmented, whose moments replace batch norm's running ones in what is evaluated and
+            # kept: running ones lag in short epochs. Also at another config.eval.image_size. A backbone from
+            # config.init brings its own moments, which lag as long as fresh ones do; recomputing needs none of them.
+            "recompute_moments": 0,  # batches before each dev evaluation; 0 = running moments (the paper's)
             "select_by": "dev_loss",  # 'dev_loss' (R14, unweighted: A13) | 'dev_loss_weighted' | 'dev_auroc'
             "remat": False,  # recompute activations in the backward pass: less memory, more time, the same function
             "checkpoint_every_steps": 0,  # besides every epoch's end; 0 = epochs only

@@ -24,6 +24,7 @@ RANGES = {
     "train.num_epochs": (1, None),
     "train.accumulate_steps": (1, None),
     "train.checkpoint_every_steps": (0, None),
+    "train.recompute_moments": (0, None),
     "train.label_smoothing": (0, 1),
     "train.gce_exponent": (0.01, 1),
     "train.attention_negative_weight": (0, None),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from clu import parameter_overview
 from jax.sharding import Mesh
@@ -28,7 +29,7 @@ from cxa_jax.models.keras_import import KERAS_PREPROCESSING, load_keras_weights
 from cxa_jax.models.torch_import import load_torch_weights
 from cxa_jax.optimizer import create_optimizer
 from cxa_jax.sharding import check_batch_size, create_mesh, fetchable, put_replicated, replicated
-from cxa_jax.steps import INIT, make_eval_step, make_train_step
+from cxa_jax.steps import INIT, MomentsStep, make_eval_step, make_moments_step, make_train_step
 from cxa_jax.train_state import Initialization, TrainState, trace_initialization
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class Run:
       train_step: jitted (state, batch, rate_scale, root_key) -> (state, metrics), the state donated. All outputs come
         out replicated, as the state goes in: a second less to compile than if that were asked for.
       eval_step: jitted.
+      moments_step: jitted (params, moments, num_batches, images) -> moments, the former moments donated.
     """
 
     config: ConfigDict
@@ -62,6 +64,7 @@ class Run:
     class_weights: tuple[float, float]
     train_step: Callable[[TrainState, Batch, Any, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[[Any, Any], dict[str, jax.Array]]
+    moments_step: MomentsStep
 
     def create_state(self) -> TrainState:
         """Draw fresh parameters (Glorot uniform), import the backbone's if asked; replicated over the mesh."""
@@ -72,7 +75,13 @@ class Run:
                 params=state.params | {"backbone": imported["params"]},
                 batch_stats=state.batch_stats | {"backbone": imported["batch_stats"]},
             )
-        return put_replicated(state, self.mesh)
+        state = self._add_evaluated(state)
+        copies = jax.tree.map(np.array, (state.averaged_params, state.fitted_stats))  # no buffer is donated twice
+        return put_replicated(state.replace(averaged_params=copies[0], fitted_stats=copies[1]), self.mesh)
+
+    def _add_evaluated(self, state: TrainState) -> TrainState:
+        """Add what is evaluated in place of parameters and running moments, equal to them at first, if asked."""
+        return state.replace(fitted_stats=state.batch_stats if self.config.train.recompute_moments else {})
 
     def select_inputs(self, batch: Batch) -> dict[str, Any]:
         """Return what the train step takes of a training batch, with the findings if the network has a map for each."""
@@ -101,7 +110,7 @@ class Run:
     @functools.cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the state, without arrays: the mould for restoring."""
-        sharding, shapes = replicated(self.mesh), self.initialization.shapes
+        sharding, shapes = replicated(self.mesh), self._add_evaluated(self.initialization.shapes)
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
 
@@ -150,6 +159,7 @@ def create_run(config: ConfigDict, dataset: Dataset | None = None) -> Run:
         return step(state, batch, rate_scale)
 
     eval_step = make_eval_step(model, normalization)
+    moments_step = make_moments_step(model, normalization)
     return Run(
         config=config,
         dataset=dataset,
@@ -161,6 +171,7 @@ def create_run(config: ConfigDict, dataset: Dataset | None = None) -> Run:
         class_weights=weights,
         train_step=jax.jit(train_step, donate_argnums=0),
         eval_step=jax.jit(eval_step, out_shardings=fetchable(mesh)),
+        moments_step=jax.jit(moments_step, out_shardings=replicated(mesh), donate_argnums=1),
     )
 
 

@@ -1,4 +1,7 @@
-"""What is done to a batch on the device: train_step, eval_step, and the pixels' way in. Pure; jitted by the caller."""
+"""What is done to a batch on the device: train_step, moments_step, eval_step, and the pixels' way in.
+
+Pure; jitted by the caller.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +23,7 @@ from cxa_jax.train_state import TrainState
 INIT, AUGMENT, DROPOUT, CONTROL = range(4)
 
 TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+MomentsStep = Callable[[PyTree, PyTree, jax.Array, jax.Array], PyTree]
 
 
 def augment_batch(root_key: jax.Array, step: jax.Array, batch: Batch, normalization: str, config: ConfigDict) -> Images:
@@ -159,6 +163,42 @@ def mean_of_valid(values: jax.Array, mask: jax.Array, num_valid: jax.Array) -> j
     `num_valid` is the number of such rows, in the whole batch if this is a part of it.
     """
     return jnp.sum(jnp.where(mask, values, 0)) / jnp.maximum(num_valid, 1)
+
+
+def with_momentum(model: CardioXAttentionNet, momentum: float) -> CardioXAttentionNet:
+    """Return the network with this momentum in each batch norm; with 0 a pass leaves its batch's own moments behind."""
+    return model.clone(batch_norm_momentum=momentum, backbone=model.backbone.clone(batch_norm_momentum=momentum))
+
+
+def make_moments_step(model: CardioXAttentionNet, normalization: str) -> MomentsStep:
+    """Return moments_step(params, moments, num_batches, images uint8 [B, H, W, 1]) -> moments of one batch more.
+
+    `moments` is a tree as `batch_stats`, of the `num_batches` before: zeros where that is 0. The images pass through as
+    in training, each batch normalised by its own moments, but neither augmented nor dropped out. Of K batches come out
+    the mean of the batches' means, and the population variance: the mean of var + mean^2 over the batches, less the
+    square of that mean ("precise BN", arXiv 2105.07576), added up without the cancellation (Chan et al. 1979).
+    """
+    passing = with_momentum(model, 0.0).clone(dropout=0.0)
+
+    def moments_step(params: PyTree, moments: PyTree, num_batches: jax.Array, images: jax.Array) -> PyTree:
+        inputs = to_rgb(normalize_images(images, normalization), normalization)
+        variables = {"params": params, "batch_stats": moments}
+        _, updated = passing.apply(variables, inputs, train=True, mutable=["batch_stats"])
+        share = 1 / (num_batches + 1)
+
+        def add(moments: PyTree, batch: PyTree) -> PyTree:
+            if "mean" not in batch:
+                return {name: add(moments[name], batch[name]) for name in batch}
+            difference = batch["mean"] - moments["mean"]
+            between = share * (1 - share) * jnp.square(difference)
+            return {
+                "mean": moments["mean"] + share * difference,
+                "var": moments["var"] + share * (batch["var"] - moments["var"]) + between,
+            }
+
+        return add(moments, updated["batch_stats"])
+
+    return moments_step
 
 
 def make_eval_step(model: CardioXAttentionNet, normalization: str) -> Callable[[PyTree, Any], dict[str, jax.Array]]:
