@@ -121,8 +121,21 @@ def _init() -> ConfigDict:
 def _optimizer() -> ConfigDict:
     return ConfigDict(
         {
+            "name": "sgd",  # 'sgd' (R12) | 'adamw'
             "learning_rate": 1e-4,  # R12
-            "momentum": 0.9,  # R12
+            "momentum": 0.9,  # R12; beta1 of 'adamw'
+            "nesterov": False,  # Nesterov's momentum
+            # of kernels, not of norms and biases: 'sgd' adds it to the gradient, as PyTorch; 'adamw' to the update
+            "weight_decay": 0.0,  # share of each weight
+            "clip_norm": 0.0,  # the gradient is scaled down to this norm where it is larger; 0 = never
+            "attention_rate_factor": 1.0,  # times the rate of the attention branch ('amm' or 'gate' of the network)
+            "attention_weight_decay": 0.0,  # of the branch's kernels, besides weight_decay
+            # The average of the weights over steps, the newest 1 - ema_decay of it, is evaluated and kept; training
+            # goes on with the last ones. Needs train.recompute_moments: running moments fit the last weights alone.
+            "ema_decay": 0.0,  # 0 = the last weights
+            # 'plateau' (R13) | 'cosine': to 0 at the end of train.num_epochs | 'constant'
+            "schedule": "plateau",  # of the rate
+            "warmup_steps": 0,  # in which the rate rises from 0, a line, before its schedule
             "plateau_factor": 0.3,  # new rate = rate x factor (R13, A9)
             "plateau_patience": 15,  # epochs without improvement before the rate falls (R13)
             "plateau_min_delta": 1e-4,  # absolute improvement that counts (A10)

@@ -38,7 +38,7 @@ def end_epoch(run: Run, state: TrainState, progress: Progress) -> tuple[TrainSta
     row = {
         "epoch": progress.epoch + 1,
         "step": int(state.step),
-        "learning_rate": config.optimizer.learning_rate * progress.plateau.scale,
+        "learning_rate": run.rate_at(int(state.step) - 1, progress.plateau.scale),  # of the epoch's last step
         "train_loss": progress.train_loss,
         "dev_loss": compute_loss(predictions),
         "dev_loss_weighted": compute_loss(predictions, run.class_weights),

@@ -19,7 +19,7 @@ from cxa_jax.checkpointing import load_backbone
 from cxa_jax.config_checks import check_config
 from cxa_jax.data.augment import find_value_range
 from cxa_jax.data.datasets import Dataset, describe_splits, load_dataset, shared_patients
-from cxa_jax.data.pipeline import epoch_labels
+from cxa_jax.data.pipeline import epoch_labels, steps_per_epoch
 from cxa_jax.distributed import first_alone
 from cxa_jax.errors import UserError
 from cxa_jax.findings import encode_findings
@@ -27,12 +27,23 @@ from cxa_jax.losses import compute_class_weights, create_loss
 from cxa_jax.models import CardioXAttentionNet, create_model
 from cxa_jax.models.keras_import import KERAS_PREPROCESSING, load_keras_weights
 from cxa_jax.models.torch_import import load_torch_weights
-from cxa_jax.optimizer import create_optimizer
+from cxa_jax.optimizer import create_optimizer, create_schedule, rate_at
 from cxa_jax.sharding import check_batch_size, create_mesh, fetchable, put_replicated, replicated
 from cxa_jax.steps import INIT, MomentsStep, make_eval_step, make_moments_step, make_train_step
 from cxa_jax.train_state import Initialization, TrainState, trace_initialization
 
 log = logging.getLogger(__name__)
+
+# What `create_optimizer` takes of config.optimizer as it is.
+OPTIMIZER_FIELDS = (
+    "momentum",
+    "name",
+    "nesterov",
+    "weight_decay",
+    "clip_norm",
+    "attention_rate_factor",
+    "attention_weight_decay",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +56,7 @@ class Run:
       mesh: all devices.
       root_key: the one key that every random draw on the device is folded from.
       model: the network.
+      schedule: the learning rate without the plateau's scale, a number or a function of the number of steps done.
       tx: the optimiser.
       normalization: of the input, as `cxa_jax.data.augment` names it; imported weights bring their own.
       class_weights: (w_neg, w_pos) of the training loss.
@@ -59,6 +71,7 @@ class Run:
     mesh: Mesh
     root_key: jax.Array
     model: CardioXAttentionNet
+    schedule: float | optax.Schedule
     tx: optax.GradientTransformation
     normalization: str
     class_weights: tuple[float, float]
@@ -81,7 +94,14 @@ class Run:
 
     def _add_evaluated(self, state: TrainState) -> TrainState:
         """Add what is evaluated in place of parameters and running moments, equal to them at first, if asked."""
-        return state.replace(fitted_stats=state.batch_stats if self.config.train.recompute_moments else {})
+        return state.replace(
+            averaged_params=state.params if self.config.optimizer.ema_decay else {},
+            fitted_stats=state.batch_stats if self.config.train.recompute_moments else {},
+        )
+
+    def rate_at(self, step: int, plateau_scale: float) -> float:
+        """Return the learning rate of a step, the first being 0."""
+        return rate_at(self.schedule, step) * plateau_scale
 
     def select_inputs(self, batch: Batch) -> dict[str, Any]:
         """Return what the train step takes of a training batch, with the findings if the network has a map for each."""
@@ -145,13 +165,15 @@ def create_run(config: ConfigDict, dataset: Dataset | None = None) -> Run:
         )
     normalization = choose_normalization(config)
     model = model.clone(value_range=find_value_range(normalization))
-    tx = create_optimizer(config.optimizer.learning_rate, config.optimizer.momentum)
+    num_steps = config.train.num_epochs * steps_per_epoch(dataset.splits["train"], config.data, config.train.batch_size)
+    schedule = create_schedule(config.optimizer, num_steps)
+    tx = create_optimizer(schedule, **{field: config.optimizer[field] for field in OPTIMIZER_FIELDS})
     root_key = jax.random.key(config.seed)
     weights = (1.0, 1.0)
     if config.train.class_weights == "balanced":
         weights = compute_class_weights(epoch_labels(dataset.splits["train"], config.data))
     options = {name: config.train[name] for name in ("attention_negative_weight", "accumulate_steps")}
-    options["loss"] = create_loss(config.train)
+    options |= {"loss": create_loss(config.train), "ema_decay": config.optimizer.ema_decay}
 
     def train_step(state: TrainState, batch: Batch, rate_scale: jax.Array, root_key: jax.Array):
         # The key is an argument, so that runs of other seeds find this program in the compilation cache.
@@ -166,6 +188,7 @@ def create_run(config: ConfigDict, dataset: Dataset | None = None) -> Run:
         mesh=mesh,
         root_key=root_key,
         model=model,
+        schedule=schedule,
         tx=tx,
         normalization=normalization,
         class_weights=weights,

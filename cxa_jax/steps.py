@@ -17,6 +17,7 @@ from cxa_jax.data.augment import augment, image_keys, normalize_images, to_rgb
 from cxa_jax.evidence import class_activation_map, grad_cam, linearized_evidence
 from cxa_jax.losses import Loss, mean_loss_of_others, weighted_binary_cross_entropy
 from cxa_jax.models.cxa import CardioXAttentionNet
+from cxa_jax.optimizer import average_step_size
 from cxa_jax.train_state import TrainState
 
 # What the root key is folded with first: one number for each purpose, so that no two share a stream.
@@ -46,13 +47,16 @@ def make_train_step(
     loss: Loss = weighted_binary_cross_entropy,
     attention_negative_weight: float = 0.0,
     accumulate_steps: int = 1,
+    ema_decay: float = 0.0,
 ) -> TrainStep:
-    """Return train_step(state, batch, rate_scale) -> (state, metrics): augment, forward, weighted loss, SGD.
+    """Return train_step(state, batch, rate_scale) -> (state, metrics): augment, forward, weighted loss, update.
 
     The loss is the mean of Eq. (1), or of another `loss`, class-weighted, over the rows whose mask is True; plus
     `attention_negative_weight` times the mean of W over the cells of the negatives among them. A network with a map for
     each finding adds the mean loss of the thirteen others (`batch["findings"]`). `metrics` holds `loss`, the sum of
     all, and `healthy`; see `TrainState.healthy` for what a loss or gradient that is not finite does.
+
+    With `ema_decay` > 0 the state's averaged parameters follow the new ones; see `average_step_size`.
 
     With `accumulate_steps` k > 1 the batch passes through the network in k parts, one by one, in the memory of one.
     Loss and gradient are still those of the whole batch: every mean is over its rows. Two things differ from k = 1:
@@ -97,11 +101,11 @@ def make_train_step(
         def update() -> TrainState:
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             updates = jax.tree.map(lambda update: rate_scale * update, updates)
+            params, averaged, step = optax.apply_updates(state.params, updates), {}, state.step + 1
+            if ema_decay:
+                averaged = optax.incremental_update(params, state.averaged_params, average_step_size(ema_decay, step))
             return state.replace(
-                step=state.step + 1,
-                params=optax.apply_updates(state.params, updates),
-                batch_stats=batch_stats,
-                opt_state=opt_state,
+                step=step, params=params, batch_stats=batch_stats, opt_state=opt_state, averaged_params=averaged
             )
 
         new_state = update_if(healthy, update, state)

@@ -253,7 +253,7 @@ def _stop_unhealthy(
     )
     saves.save(state.replace(healthy=jax.numpy.ones_like(state.healthy)), make_meta(run, progress, iterator))
     saves.wait()
-    rate = run.config.optimizer.learning_rate * progress.plateau.scale
+    rate = run.rate_at(step, progress.plateau.scale)
     ids = ", ".join(split.index["id"][batch["index"]].tolist())
     raise UserError(
         f"the loss is {loss} or its gradient is not finite at step {step} (epoch {progress.epoch + 1}), learning rate "

@@ -1,12 +1,10 @@
-"""The two per-epoch rules against Keras' callbacks, and SGD against the formula."""
+"""The two per-epoch rules against Keras' callbacks."""
 
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from cxa_jax.optimizer import (
@@ -14,7 +12,6 @@ from cxa_jax.optimizer import (
     EarlyStopState,
     PlateauRule,
     PlateauState,
-    create_optimizer,
     is_best,
     update_early_stop,
     update_plateau,
@@ -132,17 +129,3 @@ def test_cuts_and_stop_fall_where_the_paper_has_them():
             break
     assert cuts == [best + 15, best + 30]
     assert epoch == best + 40
-
-
-def test_sgd_with_momentum_is_the_formula():
-    rng = np.random.default_rng(3)
-    gradients = rng.normal(size=(6, 5)).astype(np.float32)
-    tx = create_optimizer(0.1, 0.9)
-    params = jnp.zeros(5)
-    state, velocity, expected = tx.init(params), np.zeros(5), np.zeros(5)
-    for gradient in gradients:
-        updates, state = tx.update(jnp.asarray(gradient), state, params)
-        params = optax.apply_updates(params, updates)
-        velocity = 0.9 * velocity + gradient
-        expected = expected - 0.1 * velocity
-    np.testing.assert_allclose(params, expected, rtol=1e-5)
