@@ -160,6 +160,9 @@ class EarlyStopState(NamedTuple):
 
 def update_plateau(rule: PlateauRule, state: PlateauState, dev_loss: float) -> PlateauState:
     """Return the state after an epoch; NaN is no improvement. Equal to Keras' ReduceLROnPlateau without cooldown."""
+    # optax.contrib.reduce_on_plateau(factor, patience, rtol=0, atol=min_delta), fed once an epoch, is the same rule in
+    # float32 on the device: an improvement within 1e-7 of min_delta falls either way there, 0.3 is told as 0.30000001,
+    # and it refuses factors of 0 and 1 and a min_delta of 0, which Keras takes.
     if dev_loss + rule.min_delta < state.best:
         return state._replace(best=dev_loss, num_waited=0)
     if state.num_waited + 1 < rule.patience:
