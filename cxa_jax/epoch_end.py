@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from cxa_jax.array_types import PyTree
+from cxa_jax.attention_statistics import describe_attention, summarize_attention
 from cxa_jax.evaluate import Predictions, compute_loss, evaluate_split
 from cxa_jax.moments import fit_moments
 from cxa_jax.progress import Progress
@@ -45,6 +46,10 @@ def end_epoch(run: Run, state: TrainState, progress: Progress) -> tuple[TrainSta
         "dev_auroc": compute_auroc(predictions.label, predictions.logit) if finite else float("nan"),
         "data": run.dataset.name,
     }
+    if predictions.attention_logits is not None:
+        attention = summarize_attention(predictions.attention_logits, predictions.attention, predictions.weights)
+        row |= attention
+        log.info("attention on dev: %s", describe_attention(attention, predictions.weights[0].size))
     if progress.epoch == 0:
         row |= compare_moments(run, state, row["dev_loss"])
     monitored = -row["dev_auroc"] if config.train.select_by == "dev_auroc" else row[config.train.select_by]

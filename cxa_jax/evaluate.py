@@ -32,6 +32,7 @@ class Predictions:
       evidence: class-evidence map, float32 [N, h, w], in logits: its sum is the share of the pooled features.
       weights: p of the pooling, averaged over channels where each has its own, float32 [N, h, w], non-negative.
       grad_cam: Grad-CAM through pooling and head, float32 [N, h, w].
+      attention_logits: z, float32 [N, h, w]; None where the pooling reads features alone.
       cam: class-activation map, float32 [N, h, w]; None unless the head is linear.
       finding_logits: float32 [N, 14], of the findings in their order; None unless the network has a map for each.
     """
@@ -44,6 +45,7 @@ class Predictions:
     evidence: np.ndarray
     weights: np.ndarray
     grad_cam: np.ndarray | None = None
+    attention_logits: np.ndarray | None = None
     cam: np.ndarray | None = None
     finding_logits: np.ndarray | None = None
 

@@ -18,6 +18,7 @@ from cxa_jax.evidence import class_activation_map, grad_cam, linearized_evidence
 from cxa_jax.losses import Loss, mean_loss_of_others, weighted_binary_cross_entropy
 from cxa_jax.models.cxa import CardioXAttentionNet
 from cxa_jax.optimizer import average_step_size
+from cxa_jax.pooling import FEATURES_ONLY
 from cxa_jax.train_state import TrainState
 
 # What the root key is folded with first: one number for each purpose, so that no two share a stream.
@@ -208,6 +209,8 @@ def make_moments_step(model: CardioXAttentionNet, normalization: str) -> Moments
 def make_eval_step(model: CardioXAttentionNet, normalization: str) -> Callable[[PyTree, Any], dict[str, jax.Array]]:
     """Return eval_step(variables, images uint8 [B, H, W, 1]) -> {'logit' [B], maps [B, h, w]}.
 
+    With an attention map that was learnt also `attention_logits`, its z [B, h, w].
+
     The maps: `attention`, W in [0, 1]; `weights`, p of the pooling, its mean over channels where each has its own;
     `evidence`, the linearised class evidence of each cell, in logits; `grad_cam`, through pooling and head with p held
     fixed; with a linear head also `cam`, the class-activation map.
@@ -225,6 +228,8 @@ def make_eval_step(model: CardioXAttentionNet, normalization: str) -> Callable[[
             "evidence": linearized_evidence(head, features, weights, pooled),
             "grad_cam": grad_cam(lambda features: head(jnp.sum(weights * features, axis=(1, 2))), features),
         }
+        if model.pooling not in FEATURES_ONLY:
+            maps["attention_logits"] = out["attention_logits"][..., 0]
         if model.head == "linear":  # whose gradient is its kernel, at any pooled features
             maps["cam"] = class_activation_map(features, jax.grad(lambda row: head(row[None])[0])(pooled[0]))
         finding_logits = {name: out[name] for name in ("finding_logits",) if name in out}

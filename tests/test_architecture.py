@@ -13,7 +13,7 @@ FLOORS = [
     {"errors", "array_types", "interruption", "file_lock", "digests", "device_memory", "garbage"},
     {"atomic_files", "console", "masked_cells", "findings", "hlo", "flops", "usage", "distributed"},
     {"pooling", "losses", "metrics", "heat_maps", "boxes", "predictions", "optimizer", "workdir"},
-    {"weighted_statistics"},
+    {"weighted_statistics", "attention_statistics"},
     {"intervals"},
     {"evidence", "statistics", "calibration", "thumbnail"},
     {"comparison", "prevalence", "seed_comparison", "process_pool", "data", "models", "strata"},
