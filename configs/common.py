@@ -98,6 +98,8 @@ def _model(backbone: str) -> ConfigDict:
             "labels": "cardiomegaly",  # 'cardiomegaly' | 'findings': NIH's 13 others too, a map for each (A3); X-rays
             # 'normalized': W multiplies BN(F) | 'raw': F (A1) | 'all_normalized': BN(F), and GAP and the others read it
             "attended": "normalized",  # what the pooling reads
+            # 'glorot_uniform' (Table 3) | 'he_normal': the backbone's, as in PyTorch's DenseNets; not imported ones
+            "kernel_init": "glorot_uniform",  # what fresh convolution kernels are drawn from
             "dropout": 0.5,  # before each dense layer of the head (A6)
             "dtype": "float32",  # compute type of the backbone: 'float32' | 'bfloat16' (GPUs; the rest stays float32)
             "implementation": "auto",  # graph of the backbone: 'auto' | 'plain' | 'fused' | 'kernels'; same function
@@ -259,6 +261,31 @@ def _nih_128(config: ConfigDict) -> None:
     config.optimizer.plateau_patience = 3
 
 
+def _torch_recipe(config: ConfigDict) -> None:
+    """The recipe by which a PyTorch DenseNet learns X-rays from scratch, and whatever images are named beside it.
+
+    With its head, average pooling and one dense unit: nih_128,torch_recipe,gap. PyTorch decays norms and biases too,
+    zooms both axes alike and leaves out an epoch's last incomplete batch; here kernels alone decay, each axis has its
+    own zoom, and every image counts.
+    """
+    config.data.sampling = "balanced"
+    config.data.negatives_per_positive = 2
+    config.augment.shift = 0.1
+    config.augment.rotation_deg = 7.0
+    config.augment.shear_deg = 0.0
+    config.augment.zoom = 0.125
+    config.augment.brightness = (0.7, 1.3)
+    config.model.batch_norm_momentum = 0.9
+    config.model.kernel_init = "he_normal"
+    config.model.dropout = 0.0
+    config.optimizer.learning_rate = 0.02
+    config.optimizer.momentum = 0.9
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.schedule = "cosine"
+    config.train.batch_size = 32
+    config.train.num_epochs = 14
+
+
 def _stride_16(config: ConfigDict) -> None:
     """Cells 16 px apart: the network cut after the last stage of that stride."""
     config.model.stride = 16
@@ -276,6 +303,7 @@ VARIANTS = {
     "phantom_hour": _phantom_hour,
     "research": _research,
     "nih_128": _nih_128,
+    "torch_recipe": _torch_recipe,
     "stride16": _stride_16,
     "stride8": _stride_8,
 }

@@ -8,6 +8,7 @@ from cxa_jax.pooling import FEATURES_ONLY
 
 UNBRANCHED = FEATURES_ONLY | {"pcam"}  # poolings without parameters of attention alone
 CHOICES = {
+    "model.kernel_init": ("glorot_uniform", "he_normal"),
     "optimizer.name": ("sgd", "adamw"),
     "optimizer.schedule": ("plateau", "cosine", "constant"),
     "train.class_weights": ("balanced", "none"),

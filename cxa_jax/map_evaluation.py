@@ -14,7 +14,6 @@ from cxa_jax.localization_table import RANDOM_WEIGHTS, TUNED, LocalizationTable,
 from cxa_jax.run import Run
 from cxa_jax.sharding import put_replicated
 from cxa_jax.steps import CONTROL
-from cxa_jax.train_state import create_train_state
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +104,7 @@ def _predict_with_random_weights(run: Run, split_name: str, rows: np.ndarray) ->
     index = {name: values[rows] for name, values in split.index.items()}
     subset = Split(split.name, [split.source[int(row)] for row in rows], index)
     key = jax.random.fold_in(run.root_key, CONTROL)
-    state = create_train_state(key, run.model, run.tx, run.config.data.image_size)
+    state = run.draw_state(key)
     predicted = evaluate_split(
         run.eval_step,
         put_replicated(state.variables, run.mesh),

@@ -25,6 +25,7 @@ from cxa_jax.errors import UserError
 from cxa_jax.findings import encode_findings
 from cxa_jax.losses import compute_class_weights, create_loss
 from cxa_jax.models import CardioXAttentionNet, create_model
+from cxa_jax.models.initialization import make_he_normal
 from cxa_jax.models.keras_import import KERAS_PREPROCESSING, load_keras_weights
 from cxa_jax.models.torch_import import load_torch_weights
 from cxa_jax.optimizer import create_optimizer, create_schedule, rate_at
@@ -80,8 +81,8 @@ class Run:
     moments_step: MomentsStep
 
     def create_state(self) -> TrainState:
-        """Draw fresh parameters (Glorot uniform), import the backbone's if asked; replicated over the mesh."""
-        state = self.initialization.run(jax.random.fold_in(self.root_key, INIT))
+        """Draw fresh parameters, import the backbone's if asked; replicated over the mesh."""
+        state = self.draw_state(jax.random.fold_in(self.root_key, INIT))
         imported = self._load_backbone()
         if imported is not None:
             state = state.replace(
@@ -91,6 +92,16 @@ class Run:
         state = self._add_evaluated(state)
         copies = jax.tree.map(np.array, (state.averaged_params, state.fitted_stats))  # no buffer is donated twice
         return put_replicated(state.replace(averaged_params=copies[0], fitted_stats=copies[1]), self.mesh)
+
+    def draw_state(self, key: jax.Array) -> TrainState:
+        """Draw fresh parameters from a key: Glorot uniform (Table 3), or He normal convolutions of the backbone."""
+        state = self.initialization.run(key)
+        if self.config.model.kernel_init == "he_normal":
+            backbone = jax.tree.map(
+                lambda leaf: make_he_normal(np.asarray(leaf)) if leaf.ndim == 4 else leaf, state.params["backbone"]
+            )
+            state = state.replace(params=state.params | {"backbone": backbone})
+        return state
 
     def _add_evaluated(self, state: TrainState) -> TrainState:
         """Add what is evaluated in place of parameters and running moments, equal to them at first, if asked."""
