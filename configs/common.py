@@ -49,7 +49,11 @@ def _data() -> ConfigDict:
             "other_findings": False,  # read by --mode=prepare, and names the prepared set
             "allow_missing": False,  # True: prepare the images that are there, a subset of the lists
             "sampling": "all",  # an epoch is 'all' images (the paper's) | 'balanced': positives and k negatives each
-            "negatives_per_positive": 4,  # k of 'balanced', negatives drawn anew every epoch
+            "negatives_per_positive": 4,  # k of 'balanced': of each positive, repeated or not; drawn anew every epoch
+            "num_negatives": 0,  # drawn for an epoch of 'balanced' in place of k of each positive; 0 = k of each
+            "positives_repeated": 1,  # times every positive stands in an epoch of 'balanced'
+            # '' | 'view': the negatives of a 'balanced' epoch have the positives' shares of views, so that the view
+            "strata": "",  # says nothing of the label; an unknown view is one of its own, too few negatives repeat
             "num_threads": 1,  # reader threads; one gives 16,000 images/s at 224 px, more of them less: for slow disks
             "num_workers": 0,  # processes that prepare data; 0 = one for each core
             "folder": {  # of 'image_folder'
@@ -65,6 +69,7 @@ def _data() -> ConfigDict:
                 "prevalence": 0.3,  # share of patients with cardiomegaly; ignored by 'natural'
                 "label_noise": 0.0,  # probability that an image's label is flipped
                 "seed": 0,  # draws the phantoms
+                "box": "mask",  # about the 'mask' of the heart | the cardiac silhouette, as a 'radiologist' boxes it
             },
         }
     )
@@ -90,7 +95,8 @@ def _model(backbone: str) -> ConfigDict:
         {
             "backbone": backbone,  # 'densenet121' | 'densenet201' | 'resnet50' | 'inception_resnet_v2' (Table 2)
             "stride": 32,  # px between cells of the feature map: 32 (the paper) | 16 | 8
-            "stride_by": "cut",  # how a stride below 32 is made: 'cut' ends after the last stage of that stride
+            # 'cut': ends after the last stage of that stride | 'dilate': keeps all, later strides become dilations
+            "stride_by": "cut",  # how a stride below 32 is made
             # share of the running moments that a step leaves as it was; at .99 they lag in runs of a few hundred steps
             "batch_norm_momentum": 0.99,  # Keras' default
             "pooling": "amm",  # 'amm' (Eq. 9) | 'gap' | the others of cxa_jax.pooling.POOLINGS
@@ -175,6 +181,8 @@ def _eval() -> ConfigDict:
         {
             "batch_size": 32,  # images; memory is bounded by it
             "image_size": 0,  # px, test-time size; 0 = the training size (A14)
+            # 1: the image alone | 2 to 9: and copies of it, shifted and zoomed a little; logits and maps are averaged
+            "num_copies": 1,  # looks at each image in a test, one after the other: so many times the time
             "overlay_intensity": 0.2,  # of the colour map over the X-ray (Figs. 1, 8)
             "levels_run": "",  # workdir of a phantom run, whose dev hearts tuned a map level for boxes; '' = init.run
             "prevalences": (0.0327, 0.0978, 0.2),  # precision, NPV ... are re-weighted to: training list, test, Table 4
@@ -269,6 +277,7 @@ def _torch_recipe(config: ConfigDict) -> None:
     own zoom, and every image counts.
     """
     config.data.sampling = "balanced"
+    config.data.positives_repeated = 2
     config.data.negatives_per_positive = 2
     config.augment.shift = 0.1
     config.augment.rotation_deg = 7.0

@@ -2,6 +2,7 @@
 
 from ml_collections import ConfigDict
 
+from cxa_jax.averaged_copies import MAX_COPIES
 from cxa_jax.data.augment import check_ranges
 from cxa_jax.errors import UserError
 from cxa_jax.pooling import FEATURES_ONLY
@@ -16,10 +17,14 @@ CHOICES = {
     "train.select_by": ("dev_loss", "dev_loss_weighted", "dev_auroc"),
     "data.normalization": ("min_max", "div255"),
     "data.dev_split": ("image", "patient"),
+    "data.strata": ("", "view"),
     "init.torch_normalization": ("imagenet_torch", "xrv", "div255"),
 }
 # More is a slip of the hand, and would end where memory or patience does.
 MAX_IMAGE_PX, MAX_BATCH, MAX_READERS, MAX_PATIENTS, MAX_RESAMPLES = 8192, 65_536, 1024, 1_000_000, 1_000_000
+MAX_REPEATS = 1000
+# What 'balanced' alone reads, with the value that leaves it be.
+BALANCED_ONLY = {"strata": "", "num_negatives": 0, "positives_repeated": 1}
 # Inclusive bounds; None is no bound.
 RANGES = {
     "seed": (0, 2**32 - 1),
@@ -32,6 +37,8 @@ RANGES = {
     "train.label_smoothing": (0, 1),
     "train.gce_exponent": (0.01, 1),
     "train.attention_negative_weight": (0, None),
+    "data.num_negatives": (0, None),
+    "data.positives_repeated": (1, MAX_REPEATS),
     "data.num_threads": (0, MAX_READERS),
     "data.num_workers": (0, MAX_READERS),
     "data.phantom.num_patients": (1, MAX_PATIENTS),
@@ -50,6 +57,7 @@ RANGES = {
     "optimizer.early_stop_min_delta": (0, None),
     "eval.batch_size": (1, MAX_BATCH),
     "eval.image_size": (0, MAX_IMAGE_PX),
+    "eval.num_copies": (1, MAX_COPIES),
     "eval.overlay_intensity": (0, 1),
     "eval.num_bootstrap": (1, MAX_RESAMPLES),
     "benchmark.num_steps": (1, None),
@@ -70,13 +78,17 @@ def check_config(config: ConfigDict, min_size: int) -> None:
     """
     for name, choices in CHOICES.items():
         if _get(config, name) not in choices:
-            raise UserError(f"config.{name}={_get(config, name)!r} is not one of {', '.join(choices)}")
+            allowed = ", ".join(choice or "'' (none)" for choice in choices)
+            raise UserError(f"config.{name}={_get(config, name)!r} is not one of {allowed}")
     for name, (low, high) in RANGES.items():
         value = _get(config, name)
         if not value >= low or (high is not None and not value <= high):  # also true of nan
             allowed = f"at least {low}" if high is None else f"from {low} to {high}"
             raise UserError(f"config.{name}={value} must be {allowed}")
     check_ranges(config.augment)
+    for name, neutral in BALANCED_ONLY.items():
+        if config.data.sampling == "all" and config.data[name] != neutral:
+            raise UserError(f"config.data.{name}={config.data[name]!r} needs --config.data.sampling=balanced")
     if not all(0 < prevalence < 1 for prevalence in config.eval.prevalences):
         raise UserError(f"config.eval.prevalences={config.eval.prevalences}: each is a share between 0 and 1")
     weight, pooling = config.train.attention_negative_weight, config.model.pooling

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import export as jax_export
 
 from cxa_jax.atomic_files import replace_when_written
+from cxa_jax.averaged_copies import average_copies, choose_copies
 from cxa_jax.data.augment import normalize_images, to_rgb
 from cxa_jax.panels import FOOTER
 from cxa_jax.trained_network import TrainedNetwork, load_trained_network
@@ -50,12 +51,17 @@ def export_network(network: TrainedNetwork) -> jax_export.Exported:
     StableHLO has no argument of either of two types, so there is one of each, and the rows of both are one batch.
     """
     variables = jax.device_get(network.variables)
+    stride, offset = network.model.backbone.stride, network.model.backbone.offset
+    copies = choose_copies(network.num_copies, stride, (network.image_size, network.image_size))
+
+    def look(grey: jax.Array) -> dict[str, jax.Array]:
+        logit, out = network.model.apply(variables, to_rgb(grey, network.normalization), train=False)
+        return {"logit": logit, "attention": out["attention"][..., 0]}
 
     def run(*, uint8: jax.Array, float32: jax.Array) -> dict[str, jax.Array]:
         images = jnp.concatenate([uint8.astype(jnp.float32), float32])
-        grey = normalize_images(images[..., None], network.normalization)
-        logit, out = network.model.apply(variables, to_rgb(grey, network.normalization), train=False)
-        return {"probability": jax.nn.sigmoid(logit), "logit": logit, "attention": out["attention"][..., 0]}
+        out = average_copies(look, normalize_images(images[..., None], network.normalization), copies, stride, offset)
+        return {"probability": jax.nn.sigmoid(out["logit"])} | out
 
     # A symbol stands for 1 or more: one less may be 0. Together they are never empty.
     bytes_1, floats_1 = jax_export.symbolic_shape("bytes_1, floats_1", constraints=["bytes_1 + floats_1 >= 3"])
@@ -83,6 +89,7 @@ def _describe(network: TrainedNetwork, artefact: bytes) -> dict[str, Any]:
         "attention_geometry": {"stride_px": backbone.stride, "offset_px": backbone.offset},
         "image_size": size,
         "normalization": f"{network.normalization}, inside the artefact",
+        "num_copies": network.num_copies,
         "threshold": network.threshold,
         "threshold_origin": network.threshold_origin,
         "calibration": None if network.calibration is None else vars(network.calibration),

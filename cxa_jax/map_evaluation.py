@@ -106,7 +106,7 @@ def _predict_with_random_weights(run: Run, split_name: str, rows: np.ndarray) ->
     key = jax.random.fold_in(run.root_key, CONTROL)
     state = run.draw_state(key)
     predicted = evaluate_split(
-        run.eval_step,
+        run.test_step,
         put_replicated(state.variables, run.mesh),
         subset,
         run.mesh,

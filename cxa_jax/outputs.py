@@ -197,7 +197,7 @@ def predict_split(run: Run, variables: dict[str, PyTree], name: str, output: pat
     stop_if_agreed()
     split = run.dataset.splits[name]
     predictions = evaluate_split(
-        run.eval_step,
+        run.test_step,
         variables,
         split,
         run.mesh,

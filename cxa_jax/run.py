@@ -19,7 +19,7 @@ from cxa_jax.checkpointing import load_backbone
 from cxa_jax.config_checks import check_config
 from cxa_jax.data.augment import find_value_range
 from cxa_jax.data.datasets import Dataset, describe_splits, load_dataset, shared_patients
-from cxa_jax.data.pipeline import epoch_labels, steps_per_epoch
+from cxa_jax.data.pipeline import describe_epoch, epoch_labels, steps_per_epoch
 from cxa_jax.distributed import first_alone
 from cxa_jax.errors import UserError
 from cxa_jax.findings import encode_findings
@@ -63,7 +63,8 @@ class Run:
       class_weights: (w_neg, w_pos) of the training loss.
       train_step: jitted (state, batch, rate_scale, root_key) -> (state, metrics), the state donated. All outputs come
         out replicated, as the state goes in: a second less to compile than if that were asked for.
-      eval_step: jitted.
+      eval_step: jitted, of the image alone: what an epoch ends with.
+      test_step: jitted, of config.eval.num_copies copies: what a finished run is tested with.
       moments_step: jitted (params, moments, num_batches, images) -> moments, the former moments donated.
     """
 
@@ -78,6 +79,7 @@ class Run:
     class_weights: tuple[float, float]
     train_step: Callable[[TrainState, Batch, Any, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[[Any, Any], dict[str, jax.Array]]
+    test_step: Callable[[Any, Any], dict[str, jax.Array]]
     moments_step: MomentsStep
 
     def create_state(self) -> TrainState:
@@ -191,7 +193,10 @@ def create_run(config: ConfigDict, dataset: Dataset | None = None) -> Run:
         step = make_train_step(model, tx, root_key, weights, normalization, config.augment, **options)
         return step(state, batch, rate_scale)
 
-    eval_step = make_eval_step(model, normalization)
+    def jit_eval_step(num_copies: int) -> Callable[[Any, Any], dict[str, jax.Array]]:
+        return jax.jit(make_eval_step(model, normalization, num_copies), out_shardings=fetchable(mesh))
+
+    eval_step = jit_eval_step(1)
     moments_step = make_moments_step(model, normalization)
     return Run(
         config=config,
@@ -204,7 +209,8 @@ def create_run(config: ConfigDict, dataset: Dataset | None = None) -> Run:
         normalization=normalization,
         class_weights=weights,
         train_step=jax.jit(train_step, donate_argnums=0),
-        eval_step=jax.jit(eval_step, out_shardings=fetchable(mesh)),
+        eval_step=eval_step,
+        test_step=eval_step if config.eval.num_copies == 1 else jit_eval_step(config.eval.num_copies),
         moments_step=jax.jit(moments_step, out_shardings=replicated(mesh), donate_argnums=1),
     )
 
@@ -225,6 +231,7 @@ def log_run(run: Run) -> None:
     log.info("%s", describe_splits(run.dataset))
     shared = ", ".join(f"{a}/{b} {count}" for (a, b), count in shared_patients(run.dataset).items())
     log.info("patients shared between splits: %s", shared)
+    log.info("an epoch: %s", describe_epoch(run.dataset.splits["train"], run.config.data))
     log.info("class weights: %.4f (no finding), %.4f (cardiomegaly)", *run.class_weights)
     log.info("input normalisation: %s", run.normalization)
     backbone, pooling = run.config.model.backbone, run.config.model.pooling

@@ -13,6 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 from cxa_jax.array_types import Batch, Images, PyTree
+from cxa_jax.averaged_copies import average_copies, choose_copies
 from cxa_jax.data.augment import augment, image_keys, normalize_images, to_rgb
 from cxa_jax.evidence import class_activation_map, grad_cam, linearized_evidence
 from cxa_jax.losses import Loss, mean_loss_of_others, weighted_binary_cross_entropy
@@ -206,7 +207,9 @@ def make_moments_step(model: CardioXAttentionNet, normalization: str) -> Moments
     return moments_step
 
 
-def make_eval_step(model: CardioXAttentionNet, normalization: str) -> Callable[[PyTree, Any], dict[str, jax.Array]]:
+def make_eval_step(
+    model: CardioXAttentionNet, normalization: str, num_copies: int = 1
+) -> Callable[[PyTree, Any], dict[str, jax.Array]]:
     """Return eval_step(variables, images uint8 [B, H, W, 1]) -> {'logit' [B], maps [B, h, w]}.
 
     With an attention map that was learnt also `attention_logits`, its z [B, h, w].
@@ -214,12 +217,13 @@ def make_eval_step(model: CardioXAttentionNet, normalization: str) -> Callable[[
     The maps: `attention`, W in [0, 1]; `weights`, p of the pooling, its mean over channels where each has its own;
     `evidence`, the linearised class evidence of each cell, in logits; `grad_cam`, through pooling and head with p held
     fixed; with a linear head also `cam`, the class-activation map.
+
+    With more than one of `num_copies` logits and maps are averages over copies of each image
+    (`cxa_jax.averaged_copies`); then no map adds up to the logit exactly.
     """
 
-    def eval_step(variables: PyTree, images: jax.Array) -> dict[str, jax.Array]:
-        logits, out = model.apply(
-            variables, to_rgb(normalize_images(images, normalization), normalization), train=False
-        )
+    def look(variables: PyTree, images: jax.Array) -> dict[str, jax.Array]:
+        logits, out = model.apply(variables, to_rgb(images, normalization), train=False)
         features, weights, pooled = out["features"], out["weights"], out["pooled"]
         head = partial(model.apply, variables, method="classify")
         maps = {
@@ -234,5 +238,10 @@ def make_eval_step(model: CardioXAttentionNet, normalization: str) -> Callable[[
             maps["cam"] = class_activation_map(features, jax.grad(lambda row: head(row[None])[0])(pooled[0]))
         finding_logits = {name: out[name] for name in ("finding_logits",) if name in out}
         return {"logit": logits} | maps | finding_logits
+
+    def eval_step(variables: PyTree, images: jax.Array) -> dict[str, jax.Array]:
+        images, stride, offset = normalize_images(images, normalization), model.backbone.stride, model.backbone.offset
+        copies = choose_copies(num_copies, stride, images.shape[1:3])
+        return average_copies(partial(look, variables), images, copies, stride, offset)
 
     return eval_step

@@ -39,6 +39,7 @@ class TrainedNetwork:
       mesh: all devices.
       normalization: of the input, as `cxa_jax.data.augment` names it.
       variables: parameters and batch-norm statistics, replicated over the mesh.
+      num_copies: of an image that the network looks at: as many as the threshold was chosen with.
       eval_step: jitted (variables, images uint8 [B, S, S, 1]) -> {'logit' [B], maps [B, h, w]}.
       meta: what was saved with the weights: config, progress, data fingerprint.
       threshold: score from which the decision is cardiomegaly.
@@ -53,6 +54,7 @@ class TrainedNetwork:
     mesh: Mesh
     normalization: str
     variables: PyTree
+    num_copies: int
     eval_step: Callable[[PyTree, Any], dict[str, jax.Array]]
     meta: dict[str, Any]
     threshold: float
@@ -94,7 +96,8 @@ def load_trained_network(workdir: str, implementation: str = "") -> TrainedNetwo
     try:
         threshold, origin, calibration = _read_decision(metrics, meta["progress"]["best_step"])
         is_phantom = bool(metrics["phantom"]) if metrics else config.data.name == "chest_phantom"
-    except (KeyError, TypeError, AttributeError) as error:
+        num_copies = int(metrics["config"].get("eval.num_copies", 1)) if metrics else config.eval.num_copies
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{folder}/metrics.json is damaged ({error!r}); --mode=evaluate writes it again") from error
     return TrainedNetwork(
         folder=folder,
@@ -103,7 +106,8 @@ def load_trained_network(workdir: str, implementation: str = "") -> TrainedNetwo
         mesh=mesh,
         normalization=normalization,
         variables=variables,
-        eval_step=jax.jit(make_eval_step(model, normalization), out_shardings=split(mesh)),
+        num_copies=num_copies,
+        eval_step=jax.jit(make_eval_step(model, normalization, num_copies), out_shardings=split(mesh)),
         meta=meta,
         threshold=threshold,
         threshold_origin=origin,

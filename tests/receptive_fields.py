@@ -44,9 +44,11 @@ def _step(equation, sources):
     params = equation.params
     if equation.primitive.name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape[params["dimension_numbers"].rhs_spec[2]]
+        kernel = (kernel - 1) * params["rhs_dilation"][0] + 1
         strides, (low, _) = params["window_strides"][0], params["padding"][0]
     elif equation.primitive.name in WINDOWS:
         kernel, strides, (low, _) = (params[k][1] for k in ("window_dimensions", "window_strides", "padding"))
+        kernel = (kernel - 1) * params["window_dilation"][1] + 1
     else:
         return stride, offset
     return stride * strides, offset + stride * ((kernel - 1) / 2 - low)

@@ -28,7 +28,7 @@ def save_run(folder: pathlib.Path, **fields) -> tuple[Run, dict]:
     }
     with Checkpoints(folder, "best") as best:
         best.save(state, meta)
-    metrics = {"checkpoint": {"step": 0}, "phantom": True}
+    metrics = {"checkpoint": {"step": 0}, "phantom": True, "config": flatten_config(run.config)}
     metrics["test"] = {"at_dev_threshold": {"threshold": THRESHOLD}, "calibration": {"platt": PLATT}}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     save_input_statistics(compute_input_statistics(dataset.splits["train"], dataset.fingerprint), folder)

@@ -17,7 +17,7 @@ FLOORS = [
     {"intervals"},
     {"evidence", "statistics", "calibration", "thumbnail"},
     {"comparison", "prevalence", "seed_comparison", "process_pool", "data", "models", "strata"},
-    {"group_statistics"},
+    {"group_statistics", "averaged_copies"},
     {"localization"},
     {"classification", "localization_table", "paper_tables"},
     {"metric_writer", "progress", "sharding", "config_checks", "runtime"},

@@ -63,6 +63,19 @@ def test_records_are_the_drawings(prepared):
     assert 24 <= num_records <= 96
 
 
+def test_another_box_is_another_set_of_the_same_images(prepared, tmp_path):
+    assert create_builder(prepared).builder_config.name == "hard_32px_24patients_prevalence0.3_noise0.1_seed0"
+    config = make_config(tmp_path, label_noise=0.1, box="radiologist")
+    prepare(config)
+    wider = 0
+    for ours, theirs in zip(read(config).values(), read(prepared).values(), strict=True):
+        for record, other in zip(ours, theirs, strict=True):
+            assert {name for name in record if not np.array_equal(record[name], other[name])} <= {"boxes"}
+            wider += not np.array_equal(record["boxes"], other["boxes"])
+    assert wider > 10
+    assert create_builder(config).builder_config.name.endswith("_seed0_radiologist_boxes")
+
+
 def test_splits_share_no_patient_and_hold_both_classes(prepared):
     splits = read(prepared)
     patients = [{record["patient"] for record in records} for records in splits.values()]
@@ -89,11 +102,11 @@ def test_an_interrupted_set_is_not_picked_up(tmp_path, monkeypatch):
     config = make_config(tmp_path)
     draw, drawn = phantom_render.draw, []
 
-    def draw_until_interrupted(spec, size, key):
+    def draw_until_interrupted(spec, size, key, box):
         drawn.append(key)
         if len(drawn) > 20:
             raise KeyboardInterrupt
-        return draw(spec, size, key)
+        return draw(spec, size, key, box)
 
     monkeypatch.setattr(phantom_render, "draw", draw_until_interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -122,6 +135,7 @@ def test_name_holds_all_that_shapes_the_bytes(tmp_path):
         {"prevalence": 0.3000001},
         {"label_noise": 0.05},
         {"seed": 1},
+        {"box": "radiologist"},
     ]
     names = {create_builder(make_config(tmp_path, **change)).builder_config.name for change in changes}
     assert len(names) == len(changes)
@@ -137,6 +151,7 @@ def test_name_holds_all_that_shapes_the_bytes(tmp_path):
     ("field", "value"),
     [
         ("phantom.preset", "medium"),
+        ("phantom.box", "tight"),
         ("phantom.prevalence", 0.0),
         ("phantom.prevalence", 1.0),
         ("phantom.prevalence", float("nan")),

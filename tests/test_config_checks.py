@@ -62,3 +62,13 @@ def test_a_penalty_on_attention_needs_attention():
         check_config(config, min_size=32)
     config.model.pooling = "amm"
     check_config(config, min_size=32)
+
+
+@pytest.mark.parametrize(("field", "value"), [("strata", "view"), ("num_negatives", 9), ("positives_repeated", 2)])
+def test_what_belongs_to_balanced_epochs_is_not_ignored_in_others(field, value):
+    config = dense121.get_config()
+    config.data[field] = value
+    with pytest.raises(UserError, match=f"config.data.{field}={value!r} needs --config.data.sampling=balanced"):
+        check_config(config, min_size=32)
+    config.data.sampling = "balanced"
+    check_config(config, min_size=32)

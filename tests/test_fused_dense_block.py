@@ -175,8 +175,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from quick import initialize, jit
 from cxa_jax.hlo import count_collectives
 from cxa_jax.models import densenet
-densenet.GROWTH = 8  # so that four layers are looped over, then two
-net = densenet.DenseNet((6, 1), implementation="fused")
+densenet.GROWTH = 8  # so that of six layers four are looped over, then two
+net = densenet.DenseNet(NETWORK, implementation="fused")
 images = jnp.asarray(np.random.default_rng(0).random((4, 32, 48, 3)), jnp.float32)
 variables = initialize(net, jax.random.key(0), images)
 def loss(params, images):
@@ -199,10 +199,11 @@ assert not collectives, "images or features move"
 """
 
 
-def test_sharded_batch_has_global_moments_and_moves_no_features():
+@pytest.mark.parametrize("network", ["(6, 1)", slow('(2, 1, 1, 1), stride=8, stride_by="dilate"')])
+def test_sharded_batch_has_global_moments_and_moves_no_features(network):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
     done = subprocess.run(
-        [sys.executable, "-c", SHARDED],
+        [sys.executable, "-c", SHARDED.replace("NETWORK", network)],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,

@@ -63,21 +63,27 @@ def test_a_training_graph_calls_the_kernels():
     counts = count_kernels(create("kernels"), images)
     assert counts == {"dense_bottleneck": 5, "dense_undo_bottleneck": 5, "norm_sums": 6, "undo_max_pool": 1}
     assert set(count_kernels(create("fused"), images).values()) == {0}
+    assert count_kernels(create("kernels", stride=8, stride_by="dilate"), images) == counts
+    cut = {"dense_bottleneck": 4, "dense_undo_bottleneck": 4, "norm_sums": 5, "undo_max_pool": 1}
+    assert count_kernels(create("kernels", stride=8), images) == cut
 
 
 @pytest.mark.parametrize(
-    ("batch", "height", "width", "remat"),
+    ("batch", "height", "width", "options"),
     [
-        (4, 64, 64, False),
-        (2, 96, 32, True),
-        pytest.param(4, 64, 64, True, marks=pytest.mark.slow),
-        pytest.param(2, 96, 32, False, marks=pytest.mark.slow),
+        (4, 64, 64, {}),
+        (2, 96, 32, {"remat": True}),
+        slow(4, 64, 64, {"remat": True}),
+        slow(2, 96, 32, {}),
+        slow(4, 64, 64, {"stride": 8}),
+        slow(4, 64, 64, {"stride": 8, "stride_by": "dilate"}),
     ],
 )
-def test_equals_plain_in_float64(float64, batch, height, width, remat):
+def test_equals_plain_in_float64(float64, batch, height, width, options):
     """Blocks of 16x16, 8x8 and 4x4 pixels an image and fewer: some tiles are whole, some the smallest there is."""
     images = jnp.asarray(np.random.default_rng(1).random((batch, height, width, 3)))
-    plain, kernels = create("plain", jnp.float64), create("kernels", jnp.float64, remat=remat)
+    plain, kernels = (create(name, jnp.float64, **options) for name in ("plain", "kernels"))
+    plain = plain.clone(remat=False)
     variables = perturbed_variables(plain, images, jnp.float64)
     errors = relative_errors(run(kernels, variables, images), run(plain, variables, images))
     assert max(jax.tree.leaves(errors)) < 1e-9

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from quick import jit
+from quick import initialize, jit, slow
 
 from cxa_jax import epoch_end, figures, outputs, train
 from cxa_jax import run as run_module
@@ -18,8 +18,11 @@ from cxa_jax.checkpointing import Checkpoints
 from cxa_jax.data.augment import normalize_images, to_rgb
 from cxa_jax.data.pipeline import make_train_iterator
 from cxa_jax.models import CardioXAttentionNet
+from cxa_jax.models.inception_resnet_v2 import InceptionResNetV2
+from cxa_jax.models.resnet import ResNet
 from cxa_jax.moments import fit_moments
 from cxa_jax.progress import Progress
+from cxa_jax.steps import make_moments_step
 from cxa_jax.trained_network import load_trained_network
 
 NUM_STEPS = 6  # of an epoch of the tiny run
@@ -71,6 +74,14 @@ def literal_moments(model, variables, batches):
     return {path: (means[path], np.mean([s for _, s in of], axis=0) - means[path] ** 2) for path, of in moments.items()}
 
 
+def assert_equal_moments(found, expected):
+    found = jax.tree_util.tree_flatten_with_path(found)[0]
+    assert len(found) == 2 * len(expected)
+    for path, values in found:
+        *norm, kind = (key.key for key in path)
+        np.testing.assert_allclose(values, expected["/".join(norm)][kind == "var"], rtol=2e-3, atol=1e-4, err_msg=path)
+
+
 def test_moments_are_those_of_one_pass_in_double_precision():
     seed = int(np.random.default_rng().integers(1000))
     run = make_run(**{"seed": seed, "model.implementation": "fused"})
@@ -80,11 +91,8 @@ def test_moments_are_those_of_one_pass_in_double_precision():
     assert fitted["params"] is state.params
     plain = CardioXAttentionNet(tiny.BACKBONES["tiny"](dtype=jnp.float64))
     expected = literal_moments(plain, state.variables, batches_of(run, epoch, number))
-    found = jax.tree_util.tree_flatten_with_path(fitted["batch_stats"])[0]
-    assert len(found) == 2 * len(expected) == len(jax.tree.leaves(state.batch_stats))
-    for path, values in found:
-        *norm, kind = (key.key for key in path)
-        np.testing.assert_allclose(values, expected["/".join(norm)][kind == "var"], rtol=2e-3, atol=1e-4, err_msg=path)
+    assert len(jax.tree.leaves(state.batch_stats)) == 2 * len(expected)
+    assert_equal_moments(fitted["batch_stats"], expected)
     assert run.moments_step._cache_size() == 1
     # fewer batches, another epoch and other weights give others; more than there are give the epoch's
     for other in (fit_moments(run, state.variables, epoch, 3), fit_moments(run, state.variables, 0, number)):
@@ -95,6 +103,25 @@ def test_moments_are_those_of_one_pass_in_double_precision():
     assert run.moments_step._cache_size() == 1
 
 
+@pytest.mark.parametrize(
+    ("backbone", "options"),
+    [
+        (ResNet((1, 1), implementation="fused"), {"pooling": "gap", "attended": "all_normalized"}),
+        slow(InceptionResNetV2((1, 1, 1), implementation="fused"), {}),
+    ],
+)
+def test_so_are_those_of_other_backbones_and_poolings(backbone, options):
+    rng = np.random.default_rng()
+    batches = [rng.integers(0, 256, (3, 96, 96, 1)).astype(np.uint8) for _ in range(3)]
+    model = CardioXAttentionNet(backbone, **options)
+    variables = dict(initialize(model, jax.random.key(rng.integers(1000)), jnp.zeros((1, 96, 96, 3))))
+    step, moments = jit(make_moments_step(model, "min_max")), jax.tree.map(jnp.zeros_like, variables["batch_stats"])
+    for number, batch in enumerate(batches):
+        moments = step(variables["params"], moments, np.float32(number), batch)
+    plain = model.clone(backbone=backbone.clone(implementation="plain", dtype=jnp.float64))
+    assert_equal_moments(moments, literal_moments(plain, variables, batches))
+
+
 def test_no_reader_is_left_behind():
     run = make_run()
     variables = run.create_state().variables
@@ -102,7 +129,7 @@ def test_no_reader_is_left_behind():
     before = threading.active_count()
     for epoch in range(5):
         fit_moments(run, variables, epoch, 2)
-    assert threading.active_count() <= before
+    assert threading.active_count() <= before + 1  # the last one's may be ending
 
 
 def test_a_run_without_new_options_has_the_state_it_had():

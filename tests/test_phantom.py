@@ -103,6 +103,33 @@ def test_box_and_mask_are_the_rotated_ellipse(patient):
     assert all(edge.any() for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]))
 
 
+def test_a_radiologists_box_is_the_silhouettes_and_changes_nothing_else():
+    """The mask's box joined with the square about the disc of the pulmonary trunk, which turning leaves as it is."""
+    spec, size = dataclasses.replace(HARD, seed=int(np.random.default_rng().integers(2**31))), 160
+    higher = []
+    for patient in range(40):
+        tight, silhouette = draw(spec, size, (patient, 0)), draw(spec, size, (patient, 0), "radiologist")
+        np.testing.assert_array_equal(tight.image, silhouette.image)
+        np.testing.assert_array_equal(tight.heart_mask, silhouette.heart_mask)
+        latents = tight.latents
+        cos, sin, half = np.cos(latents.rotation), np.sin(latents.rotation), size / 2
+
+        def find_pixel(x, y, latents=latents, cos=cos, sin=sin, half=half):
+            right, down = (x * cos - y * sin) * latents.magnification, (x * sin + y * cos) * latents.magnification
+            return np.array([right + latents.shift[0] + 1, down + latents.shift[1] + 1]) * half
+
+        radius = 0.13 * latents.magnification * half
+        heart = np.array([tight.box[:2], np.add(tight.box[:2], tight.box[2:])])
+        trunk = np.array([find_pixel(0.08, -0.10) - radius, find_pixel(0.08, -0.10) + radius])
+        expected = np.stack([np.minimum(heart[0], trunk[0]), np.maximum(heart[1], trunk[1])])
+        found = np.array([silhouette.box[:2], np.add(silhouette.box[:2], silhouette.box[2:])])
+        np.testing.assert_allclose(found, expected, atol=1.01)
+        assert (found[0] <= heart[0]).all() and (found[1] >= heart[1]).all()
+        higher += [silhouette.box[3] / tight.box[3]] * latents.label
+        assert silhouette.box[2] <= tight.box[2] * 1.05
+    assert 1.02 < np.mean(higher) < 1.2  # 1.10 over 200 patients
+
+
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_heart_is_a_bright_thing_left_of_the_midline_and_inside_the_frame(preset):
     spec = PhantomSpec(preset, prevalence=0.5, label_noise=0.0, seed=1)

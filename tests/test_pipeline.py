@@ -9,7 +9,8 @@ import pytest
 
 from configs.dense121 import get_config
 from cxa_jax.data.datasets import Split
-from cxa_jax.data.pipeline import PADDING, EpochSchedule, make_eval_iterator, make_train_iterator, steps_per_epoch
+from cxa_jax.data.epoch_schedule import EpochSchedule
+from cxa_jax.data.pipeline import PADDING, make_eval_iterator, make_train_iterator, steps_per_epoch
 from cxa_jax.errors import UserError
 
 
@@ -111,14 +112,14 @@ def test_balanced_takes_every_negative_if_there_are_too_few():
 
 def test_balanced_mixes_the_classes_over_the_epoch():
     labels = make_split(4000, 400).index["label"]
-    schedule = EpochSchedule(labels, batch_size=1000, seed=0, negatives_per_positive=4)
+    schedule = EpochSchedule(labels, batch_size=1000, seed=0, num_negatives=1600)
     rates = [labels[schedule[step][0]].mean() for step in range(2)]
     np.testing.assert_allclose(rates, 0.2, atol=0.04)
 
 
 def test_every_row_lands_everywhere_equally_often():
     """Position of row 0 in 2,000 epochs of 10: chi-square with 9 degrees of freedom, 99.9 % point 27.9."""
-    schedule = EpochSchedule(np.zeros(10), batch_size=10, seed=4, negatives_per_positive=None)
+    schedule = EpochSchedule(np.zeros(10), batch_size=10, seed=4, num_negatives=None)
     places = [int(np.flatnonzero(schedule[epoch][0] == 0)[0]) for epoch in range(2000)]
     counts = np.bincount(places, minlength=10)
     assert ((counts - 200) ** 2 / 200).sum() < 27.9

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from cxa_jax.console import progress_bar
-from cxa_jax.data import parallel, phantom, phantom_render, phantom_splits, records
+from cxa_jax.data import parallel, phantom, phantom_boxes, phantom_render, phantom_splits, records
 from cxa_jax.data.phantom import PhantomSpec
 from cxa_jax.data.record_writer import RepeatableWriter, write_records
 from cxa_jax.errors import UserError
@@ -32,6 +32,7 @@ class ChestPhantomConfig(tfds.core.BuilderConfig):
     """What shapes the stored bytes (and is in the name), and the number of processes that draw."""
 
     spec: PhantomSpec
+    box: str
     num_patients: int
     image_size: int
     num_workers: int
@@ -42,7 +43,7 @@ class ChestPhantom(tfds.core.ShardBasedBuilder):
 
     Source: no patient stands behind them. Each drawing adds up tissue, bone and heart and takes away air; the heart is
     a rotated ellipse whose width is the cardiothoracic ratio (CTR) times the thoracic width T.
-    Label: CTR > 0.5, exact, unless `label_noise` flips it. The heart's mask and box are never wrong.
+    Label: CTR > 0.5, exact, unless `label_noise` flips it. The heart's mask and the box are never wrong.
     Presets: 'easy' (T 1.30-1.74 half image sides, magnification .94-1.06) and 'hard' (T 1.15-1.70, magnification
     .80-1.12, more shift and rotation), both with two groups of CTR about .435 and .565; 'natural' ('hard', but
     CTR ~ N(.47, .06), about 31 % positive).
@@ -53,7 +54,9 @@ class ChestPhantom(tfds.core.ShardBasedBuilder):
     the ids.
     Fields: those of `records.record_features`: image uint8 [S, S, 1], S of 32 to 1024; id 'p000123_2'; patient
     'p000123'; label 0 or 1; findings 'Cardiomegaly' or 'No Finding'; view 'PA' or 'AP'; sex 'F' or 'M'; age 20 to 90;
-    boxes float32 [1, 4], the heart's tight box x, y, w, h in px; heart_mask uint8 [S, S, 1], 0 or 1; ctr .31 to .68.
+    boxes float32 [1, 4], x, y, w, h in px; heart_mask uint8 [S, S, 1], 0 or 1; ctr .31 to .68.
+    Boxes: about the heart's mask, exactly ('mask'), or about heart and pulmonary trunk, the cardiac silhouette that
+    radiologists box ('radiologist'; `cxa_jax.data.phantom_boxes` says why). All else is the same with both.
     """
 
     name = "chest_phantom"
@@ -98,9 +101,11 @@ def create_builder(data_config: ConfigDict) -> ChestPhantom:
     # 'natural' draws the same hearts whatever the prevalence.
     group = f"_prevalence{spec.prevalence!r}" if phantom.PRESETS[spec.preset].bimodal else ""
     size, patients = data_config.image_size, values.num_patients
+    boxes = "" if values.box == "mask" else f"_{values.box}_boxes"  # older sets have the mask's, and no word of it
     config = ChestPhantomConfig(
-        name=f"{spec.preset}_{size}px_{patients}patients{group}_noise{spec.label_noise!r}_seed{spec.seed}",
+        name=f"{spec.preset}_{size}px_{patients}patients{group}_noise{spec.label_noise!r}_seed{spec.seed}{boxes}",
         spec=spec,
+        box=values.box,
         num_patients=patients,
         image_size=size,
         num_workers=data_config.num_workers,
@@ -127,6 +132,8 @@ def _check(data_config: ConfigDict) -> None:
     values = data_config.phantom
     if values.preset not in phantom.PRESETS:
         _refuse("phantom.preset", values.preset, f"choose one of {', '.join(phantom.PRESETS)}")
+    if values.box not in phantom_boxes.BOXES:
+        _refuse("phantom.box", values.box, f"choose one of {', '.join(phantom_boxes.BOXES)}")
     if not 32 <= data_config.image_size <= 1024:
         _refuse("image_size", data_config.image_size, "phantoms are drawn from 32 to 1024 px")
     if not 0.0 < values.prevalence < 1.0:
@@ -150,7 +157,7 @@ def _list_keys(spec: PhantomSpec, patients: list[int]) -> list[Key]:
 
 
 def _draw_all(config: ChestPhantomConfig, keys: list[Key]) -> Iterator[phantom_render.Drawing]:
-    draw = functools.partial(phantom_render.draw, config.spec, config.image_size)
+    draw = functools.partial(phantom_render.draw, config.spec, config.image_size, box=config.box)
     with progress_bar(len(keys), f"draw phantoms at {config.image_size} px") as progress:
         for drawing in parallel.ordered_map(draw, keys, config.num_workers):
             progress.update()

@@ -11,6 +11,7 @@ import numpy as np
 
 from cxa_jax.data import phantom
 from cxa_jax.data.phantom import Latents, PhantomSpec
+from cxa_jax.data.phantom_boxes import tight_box
 
 _LETTERS = {  # of the lead markers, on the side of the patient that they name
     -1: np.array([[1, 1, 0], [1, 0, 1], [1, 1, 0], [1, 0, 1], [1, 0, 1]], bool),  # R
@@ -25,7 +26,7 @@ class Drawing:
     Attributes:
         image: uint8 [S, S].
         heart_mask: uint8 [S, S], 1 where the pixel's centre is inside the heart.
-        box: the mask's tight box x, y, w, h, px.
+        box: x, y, w, h, px, of the heart's mask or, as radiologists draw it, of the cardiac silhouette.
         latents: what it was drawn from.
     """
 
@@ -46,17 +47,19 @@ class _Grid:
     edge: float  # width of a sharp edge
 
 
-def draw(spec: PhantomSpec, size: int, key: tuple[int, int]) -> Drawing:
+def draw(spec: PhantomSpec, size: int, key: tuple[int, int], box: str = "mask") -> Drawing:
     """Draw one image, alone and from nothing but its key.
 
     Args:
         spec: the population.
         size: side of the image, px.
         key: number of the patient, and of the image within the patient.
+        box: one of `phantom_boxes.BOXES`; image and mask are the same with any.
     """
     latents = phantom.sample_image(spec, *key)
     pixels, mask = render(latents, size)
-    return Drawing(pixels, mask, _tight_box(mask), latents)
+    outline = mask if box == "mask" else mask | (_trunk_depth(_patient_grid(latents, size)) >= 0.0)
+    return Drawing(pixels, mask, tight_box(outline), latents)
 
 
 def render(latents: Latents, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -202,9 +205,13 @@ def _mediastinum(latents: Latents, grid: _Grid) -> np.ndarray:
     """Return aortic arch, great vessels, and the column of tissue behind the sternum."""
     ageing = (latents.patient.age - 20) / 70
     knob = _inside(0.085 + 0.02 * ageing - np.hypot(grid.x - 0.10, (grid.y + 0.30) * 0.9), 0.07)
-    trunk = _inside(0.13 - np.hypot(grid.x - 0.08, grid.y + 0.10), 0.08)
+    trunk = _inside(_trunk_depth(grid), 0.08)
     column = _bump(grid.x - 0.01, 0.17) * _inside(grid.y + 0.65, 0.4)
     return (0.08 + 0.12 * ageing) * knob + 0.10 * trunk + 0.05 * column
+
+
+def _trunk_depth(grid: _Grid) -> np.ndarray:
+    return 0.13 - np.hypot(grid.x - 0.08, grid.y + 0.10)
 
 
 def _airways(grid: _Grid) -> np.ndarray:
@@ -291,9 +298,3 @@ def _expose(latents: Latents, rng: np.random.Generator, density: np.ndarray) -> 
         image = (image - image.mean()) * (latents.sd / image.std()) + latents.mean
         image = np.clip(image, 0.0, 1.0)
     return np.round(image * 255.0).astype(np.uint8)
-
-
-def _tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-    x, y = int(columns[0]), int(rows[0])
-    return x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1

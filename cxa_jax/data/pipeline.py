@@ -5,7 +5,6 @@ step can be reached without the ones before it, and the order does not depend on
 """
 
 import functools
-import sys
 
 import grain
 import numpy as np
@@ -13,71 +12,11 @@ from ml_collections import ConfigDict
 
 from cxa_jax.array_types import Batch
 from cxa_jax.data.datasets import Split
+from cxa_jax.data.epoch_schedule import EpochSchedule
 from cxa_jax.errors import UserError
 
 PADDING = -1  # `index` of a row that is no image
 NUM_PREFETCHED = 8  # batches read ahead
-
-
-class EpochSchedule:
-    """Endless random-access sequence: step -> (rows of the split [B], mask [B]).
-
-    Each epoch is drawn from a Philox generator keyed by (seed, epoch). No batch crosses an epoch: the last one is
-    filled up with rows from the start of the same epoch, mask False, so that batch normalisation sees real images, the
-    loss counts every image once, and the shape stays.
-    """
-
-    def __init__(self, labels: np.ndarray, *, batch_size: int, seed: int, negatives_per_positive: int | None):
-        """Prepare the schedule.
-
-        Args:
-          labels: int [N], 1 = positive.
-          batch_size: B.
-          seed: any integer.
-          negatives_per_positive: None: an epoch is every row once. k: every positive once, and k times as many
-            negatives, drawn anew each epoch without replacement (all of them if there are fewer).
-        """
-        self._positives = np.flatnonzero(labels == 1)
-        self._negatives = np.flatnonzero(labels != 1)
-        self._num_negatives = len(self._negatives)
-        if negatives_per_positive is not None:
-            self._num_negatives = min(self._num_negatives, negatives_per_positive * len(self._positives))
-        self._batch_size = batch_size
-        self._seed = seed % 2**64
-        # Two epochs: readers run ahead over the border between them.
-        self._epoch_rows = functools.lru_cache(maxsize=2)(self._draw_epoch)
-
-    @property
-    def num_positives(self) -> int:
-        """Number of positives in an epoch: all."""
-        return len(self._positives)
-
-    @property
-    def num_images(self) -> int:
-        """Number of images in an epoch."""
-        return len(self._positives) + self._num_negatives
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Number of batches in an epoch, the incomplete last one included."""
-        return -(-self.num_images // self._batch_size)
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        epoch, position = divmod(step, self.steps_per_epoch)
-        places = position * self._batch_size + np.arange(self._batch_size)
-        rows = self._epoch_rows(epoch)
-        return rows[places % len(rows)], places < len(rows)
-
-    def _draw_epoch(self, epoch: int) -> np.ndarray:
-        bits = np.random.Philox(key=np.array([self._seed, epoch], np.uint64))
-        negatives = self._negatives
-        if self._num_negatives < len(negatives):
-            negatives = negatives[_permutation(bits, len(negatives))[: self._num_negatives]]
-        rows = np.concatenate([self._positives, negatives])
-        return rows[_permutation(bits, len(rows))]
 
 
 def make_train_iterator(
@@ -93,7 +32,7 @@ def make_train_iterator(
 
     Args:
       split: the images.
-      data_config: config.data; reads sampling, negatives_per_positive, num_threads.
+      data_config: config.data; reads num_threads, sampling and what belongs to 'balanced'.
       batch_size: B.
       seed: draws the order (and the negatives of 'balanced').
       start_step: first step to deliver; as cheap as the first.
@@ -123,6 +62,27 @@ def epoch_labels(split: Split, data_config: ConfigDict) -> np.ndarray:
     """Return the labels of an epoch's images, int [N], in no order: all of them, or those 'balanced' draws."""
     schedule = _create_schedule(split, data_config, batch_size=1, seed=0)
     return np.repeat([1, 0], [schedule.num_positives, schedule.num_images - schedule.num_positives])
+
+
+def describe_epoch(split: Split, data_config: ConfigDict) -> str:
+    """Return in words what an epoch of training has: every image, or what 'balanced' draws, by stratum if it has any.
+
+    Args:
+      split: the images.
+      data_config: config.data.
+
+    Raises:
+      UserError: as `make_train_iterator`.
+    """
+    if data_config.sampling == "all":
+        return "every image once"
+    schedule = _create_schedule(split, data_config, batch_size=1, seed=0)
+    parts = []
+    for name, (drawn, available) in schedule.negatives.items():
+        stratum = f"{data_config.strata} {name or 'unknown'}: " if data_config.strata else ""
+        repeated = ", so some are repeated" if drawn > available else ""
+        parts.append(f"{stratum}{drawn:,} of {available:,}{repeated}")
+    return f"{schedule.num_positives:,} positives; negatives, {'; '.join(parts)}"
 
 
 def make_eval_iterator(
@@ -180,18 +140,22 @@ def _create_schedule(split: Split, data_config: ConfigDict, batch_size: int, see
     _check_batch_size(split, len(labels), batch_size)
     match data_config.sampling:
         case "all":
-            negatives_per_positive = None
+            return EpochSchedule(labels, batch_size=batch_size, seed=seed, num_negatives=None)
         case "balanced":
-            negatives_per_positive = data_config.negatives_per_positive
-            _check_balanced(split, negatives_per_positive)
+            _check_balanced(split, data_config.negatives_per_positive)
+            per_positive = data_config.negatives_per_positive * int(np.sum(labels == 1))
+            schedule = EpochSchedule(
+                labels,
+                batch_size=batch_size,
+                seed=seed,
+                num_negatives=data_config.num_negatives or per_positive,
+                positives_repeated=data_config.positives_repeated,
+                strata=split.index[data_config.strata] if data_config.strata else None,
+            )
+            _check_strata(split, schedule, data_config.strata)
+            return schedule
         case other:
             raise UserError(f"config.data.sampling is '{other}'; choose 'all' or 'balanced'.")
-    return EpochSchedule(labels, batch_size=batch_size, seed=seed, negatives_per_positive=negatives_per_positive)
-
-
-def _permutation(bits: np.random.Philox, size: int) -> np.ndarray:
-    # Sorting raw bits instead of Generator.permutation: numpy keeps the former's stream the same between versions.
-    return np.argsort(bits.random_raw(size), kind="stable")
 
 
 def _read_options(num_threads: int) -> grain.ReadOptions:
@@ -213,3 +177,12 @@ def _check_balanced(split: Split, negatives_per_positive: int) -> None:
         raise UserError(f"config.data.negatives_per_positive is {negatives_per_positive}; it must be at least 1.")
     if not np.any(split.index["label"] == 1):
         raise UserError(f"The {split.name} split has no positives to balance; use --config.data.sampling=all.")
+
+
+def _check_strata(split: Split, schedule: EpochSchedule, field: str) -> None:
+    if field and schedule.lacks_negatives:
+        lacking = ", ".join(name or "unknown" for name in schedule.lacks_negatives)
+        raise UserError(
+            f"config.data.strata='{field}': the {split.name} split has positives of {field} {lacking} and no negatives "
+            f"of it, so the {field} tells the label; prepare the data with such negatives, or set --config.data.strata="
+        )

@@ -17,7 +17,7 @@ from cxa_jax.models.layers import (
     max_pool_3x3,
     remat,
 )
-from cxa_jax.models.strides import check_stride
+from cxa_jax.models.strides import STRIDES, avg_pool_everywhere, check_stride
 
 GROWTH = 32  # channels each layer adds
 BOTTLENECK = 4 * GROWTH  # channels after a layer's 1x1 convolution
@@ -29,12 +29,14 @@ class DenseLayer(nn.Module):
 
     dtype: Any = jnp.float32
     momentum: float = BATCH_NORM_MOMENTUM
+    dilation: int = 1  # of the 3x3 convolution
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         norm = partial(batch_norm, train=train, epsilon=EPSILON, momentum=self.momentum, dtype=self.dtype)
         x = conv(BOTTLENECK, 1, dtype=self.dtype, name="conv1")(nn.relu(norm(name="norm1")(x)))
-        return conv(GROWTH, 3, dtype=self.dtype, name="conv2")(nn.relu(norm(name="norm2")(x)))
+        x = nn.relu(norm(name="norm2")(x))
+        return conv(GROWTH, 3, dilation=self.dilation, dtype=self.dtype, name="conv2")(x)
 
 
 class DenseBlock(nn.Module):
@@ -44,6 +46,7 @@ class DenseBlock(nn.Module):
     dtype: Any = jnp.float32
     remat: bool = False
     momentum: float = BATCH_NORM_MOMENTUM
+    dilation: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -51,7 +54,7 @@ class DenseBlock(nn.Module):
         if self.remat:
             layer = remat(layer)
         for i in range(self.num_layers):
-            x = layer(DenseLayer(self.dtype, self.momentum, name=f"layer{i + 1}"), x)
+            x = layer(DenseLayer(self.dtype, self.momentum, self.dilation, name=f"layer{i + 1}"), x)
         return x
 
 
@@ -60,17 +63,21 @@ def _apply_layer(layer: DenseLayer, x: jax.Array, *, train: bool) -> jax.Array:
 
 
 class Transition(nn.Module):
-    """BN, ReLU, 1x1 convolution to half the channels, 2x2 average pool: [B, H, W, C] -> [B, H/2, W/2, C/2]."""
+    """BN, ReLU, 1x1 convolution to half the channels, 2x2 average pool: [B, H, W, C] -> [B, H/2, W/2, C/2].
+
+    With `spacing` the pool stands on every cell, its taps so many cells apart: -> [B, H, W, C/2].
+    """
 
     dtype: Any = jnp.float32
     momentum: float = BATCH_NORM_MOMENTUM
+    spacing: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         norm = partial(batch_norm, train=train, epsilon=EPSILON, momentum=self.momentum, dtype=self.dtype)
         x = nn.relu(norm(name="norm")(x))
         x = conv(x.shape[-1] // 2, 1, dtype=self.dtype, name="conv")(x)
-        return nn.avg_pool(x, (2, 2), (2, 2))
+        return avg_pool_everywhere(x, self.spacing) if self.spacing else nn.avg_pool(x, (2, 2), (2, 2))
 
 
 class DenseNet(nn.Module):
@@ -83,7 +90,10 @@ class DenseNet(nn.Module):
         (fused_densenet.py), 'kernels' the fused graph with a GPU's own kernels in training (dense_kernels.py).
       remat: recompute each layer in the backward pass ('fused' always does, but for the 1x1 convolutions).
       stride: px between receptive-field centres of neighbouring cells, one of STRIDES; each block doubles it from 4 on.
-      stride_by: 'cut' ends after the block of that stride, with a norm and ReLU of its channels.
+      stride_by: 'cut' ends after the block of that stride, with a norm and ReLU of its channels. 'dilate' keeps all
+        blocks; the average pools behind that stride no longer halve the grid (`avg_pool_everywhere`), and 3x3
+        convolutions are dilated by 2, then 4. F is then [B, k h, k w, C], k = 32 / stride, where the whole network has
+        [B, h, w, C], for every size of image: what its pools drop of odd sides is dropped here too.
       batch_norm_momentum: share of the running moments that a training step leaves as it was.
     """
 
@@ -99,13 +109,20 @@ class DenseNet(nn.Module):
 
     @property
     def offset(self) -> int:
-        """Px, receptive-field centre of cell 0; averaging cells s px apart moves it by s / 2, from s = 4 on."""
-        return self.stride // 2 - 2
+        """Px, receptive-field centre of cell 0; averaging cells s px apart moves it by s / 2, from s = 4 on.
+
+        Of a dilated network it is the whole one's, so that its last cells are centred beyond the image.
+        """
+        return (self.stride if self.stride_by == "cut" else STRIDES[0]) // 2 - 2
 
     @property
     def kept_layers(self) -> tuple[int, ...]:
         """The dense layers of the blocks that this network has."""
-        return self.num_layers[: self.stride.bit_length() - 2]
+        return self.num_layers[: self.stride.bit_length() - 2] if self.stride_by == "cut" else self.num_layers
+
+    def find_dilation(self, block: int) -> int:
+        """Return by how much the 3x3 convolutions of a block, counted from 1, are dilated."""
+        return max(1, 2 ** (block + 1) // self.stride)
 
     @property
     def num_features(self) -> int:
@@ -124,6 +141,7 @@ class DenseNet(nn.Module):
             return fused_densenet(
                 images,
                 self.kept_layers,
+                stride=self.stride,
                 growth=GROWTH,
                 bottleneck=BOTTLENECK,
                 epsilon=EPSILON,
@@ -138,9 +156,11 @@ class DenseNet(nn.Module):
         x = conv(64, 7, strides=2, padding=((3, 3), (3, 3)), dtype=self.dtype, name="stem_conv")(images)
         x = max_pool_3x3(nn.relu(norm(name="stem_norm")(x)))
         for i, n in enumerate(self.kept_layers, start=1):
+            dilation = self.find_dilation(i)
             if i > 1:
-                x = Transition(**options, name=f"transition{i - 1}")(x, train=train)
-            x = DenseBlock(n, remat=self.remat, **options, name=f"block{i}")(x, train=train)
+                spacing = self.find_dilation(i - 1) if dilation > 1 else 0
+                x = Transition(**options, spacing=spacing, name=f"transition{i - 1}")(x, train=train)
+            x = DenseBlock(n, remat=self.remat, **options, dilation=dilation, name=f"block{i}")(x, train=train)
         return nn.relu(norm(name="norm")(x))
 
 

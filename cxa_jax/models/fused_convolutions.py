@@ -103,24 +103,28 @@ def _pad(x, axis, zeros):
 conv_3x3.defvjp(lambda x, kernel: (conv_3x3(x, kernel), (x, kernel)), undo_conv_3x3)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def conv_windows(x: jax.Array, kernel: jax.Array, strides: Pair, padding: tuple[Pair, Pair]) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def conv_windows(
+    x: jax.Array, kernel: jax.Array, strides: Pair, padding: tuple[Pair, Pair], dilation: Pair = (1, 1)
+) -> jax.Array:
     """Convolve [B, H, W, C] with [kh, kw, C, D]: the gradient of each kernel cell is one product over pixels.
 
-    The output at p is sum_d x[s p + d - low] kernel[d] with strides s and low padding, so the gradient of kernel[d] is
-    sum_p x[s p + d - low]^T g[p]: a strided view of x against g, no larger than either.
+    The output at p is sum_d x[s p + r d - low] kernel[d] with strides s, dilation r and low padding, so the gradient of
+    kernel[d] is sum_p x[s p + r d - low]^T g[p]: a strided view of x against g, no larger than either.
     """
-    return _convolve(x, kernel, strides, padding)
+    return _convolve(x, kernel, strides, padding, dilation)
 
 
-def _conv_windows_backward(strides, padding, saved, g):
+def _conv_windows_backward(strides, padding, dilation, saved, g):
     x, kernel = saved
-    _, undo = jax.vjp(lambda x: _convolve(x, kernel, strides, padding), x)
+    _, undo = jax.vjp(lambda x: _convolve(x, kernel, strides, padding, dilation), x)
     padded = jnp.pad(not_before(g, x), ((0, 0), *padding, (0, 0)))
-    grams = [
-        [pixel_gram(_strided(padded, (i, j), g.shape[1:3], strides), g, kernel.dtype) for j in range(kernel.shape[1])]
-        for i in range(kernel.shape[0])
-    ]
+
+    def gram(i, j):
+        return pixel_gram(_strided(padded, (i, j), g.shape[1:3], strides), g, kernel.dtype)
+
+    rows, cols = ([step * i for i in range(n)] for n, step in zip(kernel.shape[:2], dilation, strict=True))
+    grams = [[gram(i, j) for j in cols] for i in rows]
     return undo(g)[0], jnp.stack([jnp.stack(row) for row in grams])
 
 
@@ -161,8 +165,8 @@ def _conv_images_backward(strides, padding, saved, g):
 conv_images.defvjp(lambda *args: (conv_images(*args), args[:2]), _conv_images_backward)
 
 
-def _convolve(x, kernel, strides, padding):
-    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC)
+def _convolve(x, kernel, strides, padding, dilation=(1, 1)):
+    return lax.conv_general_dilated(x, kernel, strides, padding, rhs_dilation=dilation, dimension_numbers=NHWC)
 
 
 def _count_parts(x):

@@ -15,7 +15,7 @@ from cxa_jax.models.fused_dense_block import (
     dense_block_inference,
 )
 from cxa_jax.models.fused_layers import Norm, convolve
-from cxa_jax.models.fused_pools import avg_pool_2x2, max_pool_3x3
+from cxa_jax.models.fused_pools import avg_pool_2x2, avg_pool_to_phases, max_pool_3x3, merge_phases
 from cxa_jax.models.fused_stem import convolve_blocks
 from cxa_jax.models.initialization import glorot_uniform
 from cxa_jax.models.layers import conv
@@ -102,14 +102,16 @@ class Transition(nn.Module):
         self.norm = Norm(self.num_inputs, momentum=self.momentum)
         self.conv = Kernel((1, 1, self.num_inputs, self.num_inputs // 2))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return conv_1x1(avg_pool_2x2(x), self.conv.kernel)
+    def __call__(self, x: jax.Array, *, dilate: bool) -> jax.Array:
+        pool = avg_pool_to_phases if dilate else avg_pool_2x2
+        return conv_1x1(pool(x), self.conv.kernel)
 
 
 def fused_densenet(
     images: jax.Array,
     num_layers: tuple[int, ...],
     *,
+    stride: int,
     growth: int,
     bottleneck: int,
     epsilon: float,
@@ -119,16 +121,29 @@ def fused_densenet(
     recompute: bool,
     kernels: bool,
 ) -> jax.Array:
-    """Build the fused graph in the scope of the calling DenseNet: images [B, H, W, 3] -> F [B, h, w, C]."""
+    """Build the fused graph in the scope of the calling DenseNet: images [B, H, W, 3] -> F [B, h, w, C].
+
+    A dilated block is the ordinary block on the phases of its grid, laid into the batch: its norms and 1x1 products do
+    not ask where a cell stands, and a 3x3 convolution dilated by two is the ordinary one on every second cell. So from
+    the first pool that keeps the grid on, blocks see four times as many images, then sixteen, and the features go back
+    into one grid at the end.
+    """
     stem = {"padding": ((3, 3), (3, 3)), "convolve": convolve_blocks if kernels else convolve}
     x = conv(64, 7, strides=2, dtype=dtype, **stem, name="stem_conv")(images)
     moments = fused_norms.compute_moments(x) if train else None
     x = Norm(64, momentum=momentum, name="stem_norm")(x, moments, epsilon, relu=True, kernels=kernels)
     x = max_pool_3x3(x, kernels=kernels)
+    num_dilated = 0
     for i, n in enumerate(num_layers, start=1):
         num_channels = x.shape[-1] + growth * n
         block = Block(n, growth, bottleneck, epsilon, momentum, recompute, kernels, name=f"block{i}")
         if i == len(num_layers):
-            return block(x, Norm(num_channels, momentum=momentum, name="norm"), train=train)
+            break
         transition = Transition(num_channels, momentum, name=f"transition{i}")
-        x = transition(block(x, transition.norm, train=train))
+        dilate = 2 ** (i + 2) > stride
+        num_dilated += dilate
+        x = transition(block(x, transition.norm, train=train), dilate=dilate)
+    x = block(x, Norm(num_channels, momentum=momentum, name="norm"), train=train)
+    for _ in range(num_dilated):
+        x = merge_phases(x)
+    return x

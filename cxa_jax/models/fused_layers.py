@@ -17,23 +17,33 @@ MIN_CHANNELS = 16  # of a kernel's input: below, as on an image, one product for
 
 
 def convolve(
-    x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: str | Sequence[Pair], **options
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    padding: str | Sequence[Pair],
+    *,
+    rhs_dilation: Sequence[int] = (1, 1),
+    **options,
 ) -> jax.Array:
-    """Convolve in place of lax.conv_general_dilated inside nn.Conv; without dilations or groups.
+    """Convolve in place of lax.conv_general_dilated inside nn.Conv; without groups.
 
     Args:
       x: [B, H, W, C].
       kernel: [kh, kw, C, D].
       strides: along H and W.
       padding: 'SAME', 'VALID' or pairs (low, high).
+      rhs_dilation: px between neighbouring cells of the kernel, along H and W.
       options: the rest of what nn.Conv hands over, as it is by default.
     """
     if kernel.shape[:2] == (1, 1):
         return conv_1x1(x[:, :: strides[0], :: strides[1]], kernel)
     if isinstance(padding, str):
-        padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-    operation = conv_images if kernel.shape[2] < MIN_CHANNELS else conv_windows
-    return operation(x, kernel, tuple(strides), tuple(map(tuple, padding)))
+        spans = [step * (n - 1) + 1 for n, step in zip(kernel.shape[:2], rhs_dilation, strict=True)]
+        padding = lax.padtype_to_pads(x.shape[1:3], spans, strides, padding)
+    strides, padding, dilation = tuple(strides), tuple(map(tuple, padding)), tuple(rhs_dilation)
+    if kernel.shape[2] < MIN_CHANNELS and dilation == (1, 1):
+        return conv_images(x, kernel, strides, padding)
+    return conv_windows(x, kernel, strides, padding, dilation)
 
 
 class Norm(nn.Module):

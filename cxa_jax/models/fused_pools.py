@@ -3,6 +3,8 @@
 The max pool keeps one byte an output for the backward pass. First-order gradients only.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,10 +42,11 @@ def _max_pool(x):
     return _max_and_cell(x)[0]
 
 
-def _max_and_cell(x):
-    """The maxima and, as uint8, the window's cell that holds each; H = 2 h + 1 and W = 2 w + 1."""
-    rows, cols = x.shape[1] - 2, x.shape[2] - 2
-    views = [x[:, i : i + rows : 2, j : j + cols : 2] for i, j in WINDOW]
+def _max_and_cell(x, stride=2, dilation=1):
+    """The maxima and, as uint8, the window's cell that holds each; at stride 2 H = 2 h + 1 and W = 2 w + 1."""
+    rows, cols = x.shape[1] - 2 * dilation, x.shape[2] - 2 * dilation
+    starts = [(i * dilation, j * dilation) for i, j in WINDOW]
+    views = [x[:, i : i + rows : stride, j : j + cols : stride] for i, j in starts]
     best, cell = views[0], jnp.zeros(views[0].shape, jnp.uint8)
     for k, view in enumerate(views[1:], start=1):
         cell = jnp.where(view > best, jnp.uint8(k), cell)
@@ -77,6 +80,28 @@ def _max_pool_of_blocks(x):
 _max_pool_of_blocks.defvjp(lambda x: _max_and_cell(_pad(x, 1)), lambda cell, g: (pool_kernel.undo_max_pool(cell, g),))
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def max_pool_dilated(x: jax.Array, dilation: int) -> jax.Array:
+    """Pool [B, H, W, C] by 3x3 maxima at stride 1, a window's cells `dilation` d apart: -> [B, H - 2d, W - 2d, C].
+
+    The gradient of a window goes to its first maximum in row order, as that of `max_pool_3x3`.
+    """
+    return lax.reduce_window(
+        x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 1, 1, 1), "VALID", window_dilation=(1, dilation, dilation, 1)
+    )
+
+
+def _max_pool_dilated_backward(dilation, cell, g):
+    total = 0
+    for k, (i, j) in enumerate(WINDOW):
+        ends = [(0, 0), *((n * dilation, (2 - n) * dilation) for n in (i, j)), (0, 0)]
+        total += jnp.pad(jnp.where(cell == k, g, 0), ends)
+    return (total,)
+
+
+max_pool_dilated.defvjp(lambda x, dilation: _max_and_cell(x, 1, dilation), _max_pool_dilated_backward)
+
+
 @jax.custom_vjp
 def avg_pool_2x2(x: jax.Array) -> jax.Array:
     """Average [B, H, W, C] over 2x2 cells; an odd last row or column is dropped: -> [B, H//2, W//2, C].
@@ -96,3 +121,27 @@ def _avg_pool_backward(x, g):
 
 
 avg_pool_2x2.defvjp(lambda x: (avg_pool_2x2(x), x), _avg_pool_backward)  # of x, its shape alone
+
+
+def avg_pool_to_phases(x: jax.Array) -> jax.Array:
+    """Average 2x2 cells at stride 1 and deal the result out by rows and columns, even and odd: the four phases.
+
+    Phase (a, b) of image i is image 4 i + 2 a + b and averages the 2x2 cells from (2 r + a, 2 c + b) on; cells beyond
+    the edge are left out of the mean, an odd last row or column is dropped: [B, H, W, C] -> [4 B, H//2, W//2, C]. The
+    phases of an image stay side by side, so that a batch that is shared by devices stays where it is.
+    """
+    batch, height, width, channels = x.shape
+    rows, cols = height // 2, width // 2
+    x = x[:, : 2 * rows, : 2 * cols]
+    for axis in (1, 2):
+        ahead = lax.slice_in_dim(x, 1, None, axis=axis), lax.slice_in_dim(x, -1, None, axis=axis)
+        x = (x + lax.concatenate(ahead, axis)) / 2
+    x = x.reshape(batch, rows, 2, cols, 2, channels).transpose(0, 2, 4, 1, 3, 5)
+    return x.reshape(4 * batch, rows, cols, channels)
+
+
+def merge_phases(x: jax.Array) -> jax.Array:
+    """Put the four phases of each image back into one grid: [4 B, h, w, C] -> [B, 2 h, 2 w, C]."""
+    phases, rows, cols, channels = x.shape
+    x = x.reshape(phases // 4, 2, 2, rows, cols, channels).transpose(0, 3, 1, 4, 2, 5)
+    return x.reshape(phases // 4, 2 * rows, 2 * cols, channels)

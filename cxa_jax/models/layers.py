@@ -70,6 +70,7 @@ def conv(
     kernel_size: int | Sequence[int] = 1,
     *,
     strides: int = 1,
+    dilation: int = 1,
     padding: str | int | Sequence = "SAME",
     use_bias: bool = False,
     dtype: Any = None,
@@ -79,8 +80,8 @@ def conv(
 ) -> nn.Conv:
     """Create a convolution with a Glorot uniform kernel [kh, kw, C_in, num_features] and, if asked, a zero bias.
 
-    `dtype` is the compute type; None takes that of inputs and parameters together. `convolve` stands in for
-    lax.conv_general_dilated, whatever the implementation.
+    `dilation` is px between neighbouring cells of the kernel. `dtype` is the compute type; None takes that of inputs
+    and parameters together. `convolve` stands in for lax.conv_general_dilated, whatever the implementation.
     """
     if implementation == "fused" and convolve is None:
         convolve = fused_layers.convolve
@@ -90,6 +91,7 @@ def conv(
         size,
         strides,
         padding,
+        kernel_dilation=dilation,
         use_bias=use_bias,
         dtype=dtype,
         kernel_init=glorot_uniform,
@@ -146,11 +148,16 @@ def add_relu(x: jax.Array, shortcut: jax.Array, *, implementation: str = "plain"
     return fused_norms.add_relu(x, shortcut) if implementation == "fused" else nn.relu(x + shortcut)
 
 
-def max_pool_3x3(x: jax.Array, *, padding: int = 1, implementation: str = "plain") -> jax.Array:
+def max_pool_3x3(
+    x: jax.Array, *, strides: int = 2, dilation: int = 1, padding: int = 1, implementation: str = "plain"
+) -> jax.Array:
     """Pool [B, H, W, C] by 3x3 maxima at stride 2, `padding` pixels on each side: 1 is Keras' ZeroPadding2D(1).
 
-    The padding is -inf here and 0 in Keras: the same, because the pool always follows a ReLU.
+    The padding is -inf here and 0 in Keras: the same, because the pool always follows a ReLU. At stride 1 the cells of
+    a window may be `dilation` pixels apart, without padding, in either implementation: lax has no gradient of that.
     """
+    if strides == 1:
+        return fused_pools.max_pool_dilated(x, dilation)
     if implementation == "fused":
         return fused_pools.max_pool_3x3(x, padding)
     return nn.max_pool(x, (3, 3), (2, 2), ((padding, padding),) * 2)
