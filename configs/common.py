@@ -105,6 +105,8 @@ def _model(backbone: str) -> ConfigDict:
             # 'normalized': W multiplies BN(F) | 'raw': F (A1) | 'all_normalized': BN(F), and GAP and the others read it
             "attended": "normalized",  # what the pooling reads
             "attention_bound": 0.0,  # b: z -> b tanh(z / b), so W stays off 0 and 1; 0 = unbounded, the paper
+            # 'glorot_uniform' (Table 3) | 'he_normal': the backbone's, as in PyTorch's DenseNets; not imported ones
+            "kernel_init": "glorot_uniform",  # what fresh convolution kernels are drawn from
             "dropout": 0.5,  # before each dense layer of the head (A6)
             "dtype": "float32",  # compute type of the backbone: 'float32' | 'bfloat16' (GPUs; the rest stays float32)
             "implementation": "auto",  # graph of the backbone: 'auto' | 'plain' | 'fused' | 'kernels'; same function
@@ -128,8 +130,21 @@ def _init() -> ConfigDict:
 def _optimizer() -> ConfigDict:
     return ConfigDict(
         {
+            "name": "sgd",  # 'sgd' (R12) | 'adamw'
             "learning_rate": 1e-4,  # R12
-            "momentum": 0.9,  # R12
+            "momentum": 0.9,  # R12; beta1 of 'adamw'
+            "nesterov": False,  # Nesterov's momentum
+            # of kernels, not of norms and biases: 'sgd' adds it to the gradient, as PyTorch; 'adamw' to the update
+            "weight_decay": 0.0,  # share of each weight
+            "clip_norm": 0.0,  # the gradient is scaled down to this norm where it is larger; 0 = never
+            "attention_rate_factor": 1.0,  # times the rate of the attention branch ('amm' or 'gate' of the network)
+            "attention_weight_decay": 0.0,  # of the branch's kernels, besides weight_decay
+            # The average of the weights over steps, the newest 1 - ema_decay of it, is evaluated and kept; training
+            # goes on with the last ones. Needs train.recompute_moments: running moments fit the last weights alone.
+            "ema_decay": 0.0,  # 0 = the last weights
+            # 'plateau' (R13) | 'cosine': to 0 at the end of train.num_epochs | 'constant'
+            "schedule": "plateau",  # of the rate
+            "warmup_steps": 0,  # in which the rate rises from 0, a line, before its schedule
             "plateau_factor": 0.3,  # new rate = rate x factor (R13, A9)
             "plateau_patience": 15,  # epochs without improvement before the rate falls (R13)
             "plateau_min_delta": 1e-4,  # absolute improvement that counts (A10)
@@ -150,6 +165,10 @@ def _train() -> ConfigDict:
             "label_smoothing": 0.1,  # of 'smoothed': 0 is Eq. (1), 1 forgets the labels
             "gce_exponent": 0.7,  # of 'gce': towards 0 Eq. (1), 1 the mean absolute error
             "attention_negative_weight": 0.0,  # adds weight x mean W over negatives to the loss; 0 = the paper's loss
+            # Training batches, not augmented, whose moments replace batch norm's running ones in what is evaluated and
+            # kept: running ones lag in short epochs. Also at another config.eval.image_size. A backbone from
+            # config.init brings its own moments, which lag as long as fresh ones do; recomputing needs none of them.
+            "recompute_moments": 0,  # batches before each dev evaluation; 0 = running moments (the paper's)
             "select_by": "dev_loss",  # 'dev_loss' (R14, unweighted: A13) | 'dev_loss_weighted' | 'dev_auroc'
             "remat": False,  # recompute activations in the backward pass: less memory, more time, the same function
             "checkpoint_every_steps": 0,  # besides every epoch's end; 0 = epochs only
@@ -253,6 +272,32 @@ def _nih_128(config: ConfigDict) -> None:
     config.optimizer.plateau_patience = 3
 
 
+def _torch_recipe(config: ConfigDict) -> None:
+    """The recipe by which a PyTorch DenseNet learns X-rays from scratch, and whatever images are named beside it.
+
+    With its head, average pooling and one dense unit: nih_128,torch_recipe,gap. PyTorch decays norms and biases too,
+    zooms both axes alike and leaves out an epoch's last incomplete batch; here kernels alone decay, each axis has its
+    own zoom, and every image counts.
+    """
+    config.data.sampling = "balanced"
+    config.data.positives_repeated = 2
+    config.data.negatives_per_positive = 2
+    config.augment.shift = 0.1
+    config.augment.rotation_deg = 7.0
+    config.augment.shear_deg = 0.0
+    config.augment.zoom = 0.125
+    config.augment.brightness = (0.7, 1.3)
+    config.model.batch_norm_momentum = 0.9
+    config.model.kernel_init = "he_normal"
+    config.model.dropout = 0.0
+    config.optimizer.learning_rate = 0.02
+    config.optimizer.momentum = 0.9
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.schedule = "cosine"
+    config.train.batch_size = 32
+    config.train.num_epochs = 14
+
+
 def _stride_16(config: ConfigDict) -> None:
     """Cells 16 px apart: the network cut after the last stage of that stride."""
     config.model.stride = 16
@@ -270,6 +315,7 @@ VARIANTS = {
     "phantom_hour": _phantom_hour,
     "research": _research,
     "nih_128": _nih_128,
+    "torch_recipe": _torch_recipe,
     "stride16": _stride_16,
     "stride8": _stride_8,
 }

@@ -3,8 +3,8 @@
     python launch.py --config=configs/dense121.py
 
 Wall time on ChestX-ray14: hours on one GPU. Test AUROC in the paper .89; see docs/reproduction.md for what to expect.
-Variants (comma-separated): gap, gap_mlp, phantom_quick, phantom_hour, research, nih_128, stride16, stride8; see
-configs/common.py.
+Variants (comma-separated): gap, gap_mlp, phantom_quick, phantom_hour, research, nih_128, torch_recipe, stride16,
+stride8; see configs/common.py.
 """
 
 from configs import common

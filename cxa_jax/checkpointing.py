@@ -3,8 +3,9 @@
 `checkpoints/best/STEP` is the state of the lowest dev loss, `checkpoints/latest/STEP` the newest to resume from. Each
 holds four items: `params` (alone, so that evaluation reads no more), `batch_stats`, `opt_state`, and `meta` (JSON: all
 that the host knows: epoch, plateau, early stop, iterator, root key, config, data fingerprint, history; and SHA-256 of
-every item, compared whenever one is read). A state that is written once more, as after a signal on the dev split, first
-moves to `checkpoints/best.replaced/BY/STEP`; the next start puts it back if what was to replace it was never finished.
+every item, compared whenever one is read); and where the run has them, `averaged_params` and `fitted_stats`, which are
+evaluated in place of the first two. A state that is written once more, as after a signal on the dev split, first moves
+to `checkpoints/best.replaced/BY/STEP`; the next start puts it back if what was to replace it was never finished.
 """
 
 import contextlib
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ARRAYS = ("params", "batch_stats", "opt_state")
+# What is evaluated in place of another, in the checkpoints that hold it.
+EVALUATED = {"params": "averaged_params", "batch_stats": "fitted_stats"}
 DIGESTS = "sha256"  # key of `meta` on disk
 # What orbax and the file system raise for a checkpoint that is truncated, altered or half deleted.
 DAMAGE = (ValueError, LookupError, OSError, TypeError, AttributeError)
@@ -57,7 +60,8 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
         )
-        handlers = {name: ocp.StandardCheckpointHandler() for name in ARRAYS} | {"meta": ocp.JsonCheckpointHandler()}
+        handlers = {name: ocp.StandardCheckpointHandler() for name in (*ARRAYS, *EVALUATED.values())}
+        handlers["meta"] = ocp.JsonCheckpointHandler()
         with held_back():  # here and below: orbax runs event loops, which drop what a signal raises in a callback
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
@@ -86,7 +90,8 @@ class Checkpoints:
         """
         step = int(state.step)
         # On the host: of arrays that several devices hold orbax cuts out a share of each, one by one, for a second.
-        arrays = jax.device_get({name: getattr(state, name) for name in ARRAYS})
+        held = [name for name in EVALUATED.values() if getattr(state, name)]
+        arrays = jax.device_get({name: getattr(state, name) for name in (*ARRAYS, *held)})
         digests = {name: digest_arrays(tree) for name, tree in arrays.items()} | {"meta": digest_json([step, meta])}
         with held_back(), self._naming_failure():
             self._drop_replaced()
@@ -139,12 +144,19 @@ class Checkpoints:
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """Restore the newest sound checkpoint into the shapes and shardings of `abstract`; None if there is none.
 
+        What is averaged or fitted from now on, and was not before, starts as what it stands in for.
+
         Raises:
           UserError: there are checkpoints and none of them can be read.
         """
 
         def restore_step(step: int) -> tuple[TrainState, dict[str, Any]]:
-            items = self._read(step, {name: getattr(abstract, name) for name in ARRAYS})
+            wanted = [name for name in EVALUATED.values() if getattr(abstract, name)]
+            held = [name for name in wanted if self._holds(step, name)]
+            items = self._read(step, {name: getattr(abstract, name) for name in (*ARRAYS, *held)})
+            for name, evaluated in EVALUATED.items():
+                if evaluated in wanted and evaluated not in held:
+                    items[evaluated] = jax.tree.map(jax.numpy.copy, items[name])
             counters = {
                 "step": put(np.int32(step), abstract.step.sharding),
                 "healthy": put(np.bool_(True), abstract.healthy.sharding),
@@ -155,30 +167,42 @@ class Checkpoints:
         return self._first_sound(restore_step)
 
     def restore_variables(self, abstract: dict[str, PyTree]) -> tuple[dict[str, PyTree], dict[str, Any]] | None:
-        """Restore only what the network needs: {'params', 'batch_stats'} and `meta`."""
+        """Restore only what is evaluated: {'params', 'batch_stats'}, averaged and fitted if it has such, and `meta`."""
 
         def restore_step(step: int) -> tuple[dict[str, PyTree], dict[str, Any]]:
-            items = self._read(step, {name: abstract[name] for name in ("params", "batch_stats")})
-            meta = items.pop("meta")
-            return items, meta
+            names = self._find_evaluated(step)
+            items = self._read(step, {names[name]: abstract[name] for name in names})
+            return {name: items[names[name]] for name in names}, items["meta"]
 
         return self._first_sound(restore_step)
 
     def restore_as_saved(self, sharding: jax.sharding.Sharding) -> dict[str, PyTree] | None:
-        """Restore {'params', 'batch_stats'} in the shapes they were saved in, all with one sharding."""
+        """Restore what `restore_variables` does in the shapes it was saved in, all with one sharding."""
 
         def restore_step(step: int) -> dict[str, PyTree]:
-            saved = self._manager.item_metadata(step)
+            saved, names = self._manager.item_metadata(step), self._find_evaluated(step)
             mould = {
                 kind: jax.tree.map(
                     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), saved[kind].tree
                 )
-                for kind in ("params", "batch_stats")
+                for kind in names.values()
             }
             items = self._read(step, mould)
-            return {kind: items[kind] for kind in mould}
+            return {name: items[names[name]] for name in names}
 
         return self._first_sound(restore_step)
+
+    def _holds(self, step: int, name: str) -> bool:
+        """Return whether a checkpoint was saved with an item; of a missing one that was, reading finds the damage."""
+        return name in self._read_meta(step).get(DIGESTS, {})
+
+    def _find_evaluated(self, step: int) -> dict[str, str]:
+        """Return by which items a checkpoint holds what is evaluated."""
+        return {name: other if self._holds(step, other) else name for name, other in EVALUATED.items()}
+
+    def _read_meta(self, step: int) -> dict[str, Any]:
+        """Return `meta` as it is on disk, not yet compared with its SHA-256."""
+        return dict(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
 
     def _read(self, step: int, moulds: dict[str, PyTree]) -> dict[str, Any]:
         """Return the arrays that `moulds` names, and `meta`; raise ValueError if one is not what was saved."""
@@ -190,6 +214,8 @@ class Checkpoints:
             if any(isinstance(value, dict) and value.keys() >= {*ARRAYS, "meta"} for value in read["meta"].values()):
                 raise ValueError(f"meta: the name of the SHA-256 values is no longer {DIGESTS!r}")
             return read  # of a version before digests
+        if digests.keys() - {*ARRAYS, *EVALUATED.values(), "meta"}:
+            raise ValueError(f"meta: {DIGESTS!r} names items that no checkpoint has: {', '.join(digests)}")
         found = {name: digest_arrays(read[name]) for name in moulds} | {"meta": digest_json([step, read["meta"]])}
         altered = [name for name in found if found[name] != digests[name]]
         if altered:

@@ -7,7 +7,11 @@ from cxa_jax.data.augment import check_ranges
 from cxa_jax.errors import UserError
 from cxa_jax.pooling import FEATURES_ONLY
 
+UNBRANCHED = FEATURES_ONLY | {"pcam"}  # poolings without parameters of attention alone
 CHOICES = {
+    "model.kernel_init": ("glorot_uniform", "he_normal"),
+    "optimizer.name": ("sgd", "adamw"),
+    "optimizer.schedule": ("plateau", "cosine", "constant"),
     "train.class_weights": ("balanced", "none"),
     "train.loss": ("bce", "smoothed", "gce"),
     "train.select_by": ("dev_loss", "dev_loss_weighted", "dev_auroc"),
@@ -29,6 +33,7 @@ RANGES = {
     "train.num_epochs": (1, None),
     "train.accumulate_steps": (1, None),
     "train.checkpoint_every_steps": (0, None),
+    "train.recompute_moments": (0, None),
     "train.label_smoothing": (0, 1),
     "train.gce_exponent": (0.01, 1),
     "train.attention_negative_weight": (0, None),
@@ -39,6 +44,12 @@ RANGES = {
     "data.phantom.num_patients": (1, MAX_PATIENTS),
     "optimizer.learning_rate": (0, 1e30),
     "optimizer.momentum": (0, 1),
+    "optimizer.weight_decay": (0, None),
+    "optimizer.clip_norm": (0, None),
+    "optimizer.attention_rate_factor": (0, None),
+    "optimizer.attention_weight_decay": (0, None),
+    "optimizer.ema_decay": (0, 0.999999),
+    "optimizer.warmup_steps": (0, None),
     "optimizer.plateau_factor": (0, 1),
     "optimizer.plateau_patience": (1, None),
     "optimizer.plateau_min_delta": (0, None),
@@ -85,6 +96,18 @@ def check_config(config: ConfigDict, min_size: int) -> None:
         raise UserError(
             f"config.train.attention_negative_weight={weight} needs attention, "
             f"and config.model.pooling={pooling!r} has none"
+        )
+    optimizer = config.optimizer
+    for field, unused in (("attention_rate_factor", 1), ("attention_weight_decay", 0)):
+        if optimizer[field] != unused and pooling in UNBRANCHED:
+            raise UserError(
+                f"config.optimizer.{field}={optimizer[field]} needs an attention branch, and config.model.pooling="
+                f"{pooling!r} has none: leave it at {unused}"
+            )
+    if optimizer.ema_decay and not config.train.recompute_moments:
+        raise UserError(
+            f"config.optimizer.ema_decay={optimizer.ema_decay} averages weights, which batch norm's running moments do "
+            "not fit: set --config.train.recompute_moments=24, the training batches that they are recomputed on"
         )
     sources = [f"config.init.{name}" for name in ("keras_weights", "torch_weights", "run") if config.init[name]]
     if len(sources) > 1:

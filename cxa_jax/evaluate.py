@@ -19,6 +19,9 @@ from cxa_jax.predictions import ATTRIBUTES, PredictionTable
 from cxa_jax.sharding import own_rows, put_batch
 
 
+MAPS = ("attention", "attention_logits", "weights", "evidence", "cam", "grad_cam")
+
+
 @dataclasses.dataclass(frozen=True)
 class Predictions:
     """What the network says of each image of a split.
@@ -32,6 +35,7 @@ class Predictions:
       evidence: class-evidence map, float32 [N, h, w], in logits: its sum is the share of the pooled features.
       weights: p of the pooling, averaged over channels where each has its own, float32 [N, h, w], non-negative.
       grad_cam: Grad-CAM through pooling and head, float32 [N, h, w].
+      attention_logits: z, float32 [N, h, w]; None where the pooling reads features alone.
       cam: class-activation map, float32 [N, h, w]; None unless the head is linear.
       finding_logits: float32 [N, 14], of the findings in their order; None unless the network has a map for each.
     """
@@ -44,13 +48,14 @@ class Predictions:
     evidence: np.ndarray
     weights: np.ndarray
     grad_cam: np.ndarray | None = None
+    attention_logits: np.ndarray | None = None
     cam: np.ndarray | None = None
     finding_logits: np.ndarray | None = None
 
     @property
     def maps(self) -> dict[str, np.ndarray]:
         """The maps by name, [N, h, w] each, without those that say nothing: one value in every cell of every image."""
-        named = {name: getattr(self, name) for name in ("attention", "weights", "evidence", "cam", "grad_cam")}
+        named = {name: getattr(self, name) for name in MAPS}
         return {name: maps for name, maps in named.items() if maps is not None and np.ptp(maps) > 0}
 
     def to_table(self) -> PredictionTable:

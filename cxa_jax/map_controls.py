@@ -11,12 +11,12 @@ from numpy.typing import ArrayLike
 from cxa_jax.array_types import PyTree
 from cxa_jax.data.datasets import Split
 from cxa_jax.evaluate import Predictions, evaluate_split
+from cxa_jax.moments import fit_moments
 from cxa_jax.run import Run
 from cxa_jax.scored_maps import MAP_KINDS, derive_maps
 from cxa_jax.sharding import put_replicated
 from cxa_jax.steps import CONTROL
 from cxa_jax.thumbnail import make_thumbnails
-from cxa_jax.train_state import create_train_state
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +48,10 @@ def average_training_maps(run: Run, variables: PyTree) -> dict[str, np.ndarray] 
 def predict_with_random_weights(run: Run, split_name: str, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Return the maps of a freshly initialised network: what architecture and position alone put into them."""
     key = jax.random.fold_in(run.root_key, CONTROL)
-    state = create_train_state(key, run.model, run.tx, run.config.data.image_size)
-    predicted = _predict_rows(run, put_replicated(state.variables, run.mesh), split_name, rows)
+    variables, num_batches = put_replicated(run.draw_state(key).variables, run.mesh), run.config.train.recompute_moments
+    if num_batches:  # as the trained network has them
+        variables = fit_moments(run, variables, 0, num_batches)
+    predicted = _predict_rows(run, variables, split_name, rows)
     finite = {name: maps for name, maps in predicted.maps.items() if np.isfinite(maps).all()}
     if len(finite) < len(predicted.maps):
         log.warning("the freshly initialised network overflows: its maps are left out of the controls")

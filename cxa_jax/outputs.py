@@ -22,6 +22,7 @@ from cxa_jax.map_controls import average_training_maps
 from cxa_jax.map_evaluation import Localization, evaluate_maps, find_boxed_images
 from cxa_jax.map_rules import MapRules, find_rules, tune_rules
 from cxa_jax.metrics import compute_youden_threshold
+from cxa_jax.moments import fit_moments
 from cxa_jax.phantom_readers import READERS_FILE, describe_readers, find_readers, fit_phantom_readers
 from cxa_jax.predictions import PredictionTable, read_predictions, write_predictions
 from cxa_jax.results import DEV_FILE, name_other_dev
@@ -84,6 +85,8 @@ def _evaluate(config: ConfigDict, folder: pathlib.Path, output: pathlib.Path) ->
 def write_outputs(run: Run, folder: pathlib.Path, output: pathlib.Path) -> dict[str, Any]:
     """Restore the best state of `folder`, predict dev and test, and write every number and picture to `output`."""
     variables, meta = restore_best(run, folder)
+    if run.dataset.image_size != meta["config"]["data.image_size"]:
+        variables = fit_to_size(run, variables, meta["progress"]["epoch"] - 1)
     dev, dev_name, tuned, fitted = predict_dev(run, variables, folder, output, meta["config"]["data.image_size"])
     test = predict_split(run, variables, "test", output)
     readers = find_readers(run, test, fitted)
@@ -108,6 +111,30 @@ def write_outputs(run: Run, folder: pathlib.Path, output: pathlib.Path) -> dict[
     log.info("%s", format_summary(report))
     log.info("everything is in %s; a report of it: python launch.py --mode=report --workdirs=%s", output, output)
     return report
+
+
+def fit_to_size(run: Run, variables: dict[str, PyTree], epoch: int) -> dict[str, PyTree]:
+    """Return the variables with moments of training images at the run's image size, if the config asks for such.
+
+    Batch norm's moments are others where the test size is another than the training's (arXiv 1906.06423).
+
+    Args:
+      run: at the other size.
+      variables: of the state to evaluate.
+      epoch: whose images, from 0.
+    """
+    num_batches, size = run.config.train.recompute_moments, run.dataset.image_size
+    if not num_batches:
+        return variables
+    if not len(run.dataset.splits["train"].source):
+        log.warning(
+            "the data at %d px have no training images to recompute batch norm's moments on: they stay as they are "
+            "stored, of the training size",
+            size,
+        )
+        return variables
+    log.info("recomputing batch norm's moments on training images of %d px", size)
+    return fit_moments(run, variables, epoch, num_batches)
 
 
 def predict_dev(

@@ -69,12 +69,13 @@ class Progress:
 
     def end_epoch(self, monitored: float, step: int, row: dict[str, Any], config: ConfigDict) -> "Progress":
         """Return the record after an epoch whose monitored dev value, lower is better, is `monitored`."""
-        plateau = PlateauRule(config.plateau_factor, config.plateau_patience, config.plateau_min_delta)
+        rule = PlateauRule(config.plateau_factor, config.plateau_patience, config.plateau_min_delta)
         early_stop = EarlyStopRule(config.early_stop_patience, config.early_stop_min_delta)
+        plateau = update_plateau(rule, self.plateau, monitored) if config.schedule == "plateau" else self.plateau
         best = is_best(monitored, self.best_loss)
         return Progress(
             epoch=self.epoch + 1,
-            plateau=update_plateau(plateau, self.plateau, monitored),
+            plateau=plateau,
             early_stop=update_early_stop(early_stop, self.early_stop, monitored),
             best_loss=monitored if best else self.best_loss,
             best_step=step if best else self.best_step,

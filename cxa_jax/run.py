@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from clu import parameter_overview
 from jax.sharding import Mesh
@@ -18,22 +19,34 @@ from cxa_jax.checkpointing import load_backbone
 from cxa_jax.config_checks import check_config
 from cxa_jax.data.augment import find_value_range
 from cxa_jax.data.datasets import Dataset, describe_splits, load_dataset, shared_patients
-from cxa_jax.data.pipeline import describe_epoch, epoch_labels
+from cxa_jax.data.pipeline import describe_epoch, epoch_labels, steps_per_epoch
 from cxa_jax.distributed import first_alone
 from cxa_jax.errors import UserError
 from cxa_jax.findings import encode_findings
 from cxa_jax.losses import compute_class_weights, create_loss
 from cxa_jax.model_names import name_backbone
 from cxa_jax.models import CardioXAttentionNet, create_model
+from cxa_jax.models.initialization import make_he_normal
 from cxa_jax.models.keras_import import KERAS_PREPROCESSING, load_keras_weights
 from cxa_jax.models.torch_import import load_torch_weights
-from cxa_jax.optimizer import create_optimizer
+from cxa_jax.optimizer import create_optimizer, create_schedule, rate_at
 from cxa_jax.sharding import check_batch_size, create_mesh, fetchable, put_replicated, replicated
-from cxa_jax.steps import INIT, make_eval_step, make_train_step
+from cxa_jax.steps import INIT, MomentsStep, make_eval_step, make_moments_step, make_train_step
 from cxa_jax.train_state import Initialization, TrainState, trace_initialization
 from cxa_jax.workdir import flatten_config
 
 log = logging.getLogger(__name__)
+
+# What `create_optimizer` takes of config.optimizer as it is.
+OPTIMIZER_FIELDS = (
+    "momentum",
+    "name",
+    "nesterov",
+    "weight_decay",
+    "clip_norm",
+    "attention_rate_factor",
+    "attention_weight_decay",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +59,7 @@ class Run:
       mesh: all devices.
       root_key: the one key that every random draw on the device is folded from.
       model: the network.
+      schedule: the learning rate without the plateau's scale, a number or a function of the number of steps done.
       tx: the optimiser.
       normalization: of the input, as `cxa_jax.data.augment` names it; imported weights bring their own.
       class_weights: (w_neg, w_pos) of the training loss.
@@ -53,6 +67,7 @@ class Run:
         out replicated, as the state goes in: a second less to compile than if that were asked for.
       eval_step: jitted, of the image alone: what an epoch ends with.
       test_step: jitted, of config.eval.num_copies copies: what a finished run is tested with.
+      moments_step: jitted (params, moments, num_batches, images) -> moments, the former moments donated.
     """
 
     config: ConfigDict
@@ -60,23 +75,48 @@ class Run:
     mesh: Mesh
     root_key: jax.Array
     model: CardioXAttentionNet
+    schedule: float | optax.Schedule
     tx: optax.GradientTransformation
     normalization: str
     class_weights: tuple[float, float]
     train_step: Callable[[TrainState, Batch, Any, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[[Any, Any], dict[str, jax.Array]]
     test_step: Callable[[Any, Any], dict[str, jax.Array]]
+    moments_step: MomentsStep
 
     def create_state(self) -> TrainState:
-        """Draw fresh parameters (Glorot uniform), import the backbone's if asked; replicated over the mesh."""
-        state = self.initialization.run(jax.random.fold_in(self.root_key, INIT))
+        """Draw fresh parameters, import the backbone's if asked; replicated over the mesh."""
+        state = self.draw_state(jax.random.fold_in(self.root_key, INIT))
         imported = self._load_backbone()
         if imported is not None:
             state = state.replace(
                 params=state.params | {"backbone": imported["params"]},
                 batch_stats=state.batch_stats | {"backbone": imported["batch_stats"]},
             )
-        return put_replicated(state, self.mesh)
+        state = self._add_evaluated(state)
+        copies = jax.tree.map(np.array, (state.averaged_params, state.fitted_stats))  # no buffer is donated twice
+        return put_replicated(state.replace(averaged_params=copies[0], fitted_stats=copies[1]), self.mesh)
+
+    def draw_state(self, key: jax.Array) -> TrainState:
+        """Draw fresh parameters from a key: Glorot uniform (Table 3), or He normal convolutions of the backbone."""
+        state = self.initialization.run(key)
+        if self.config.model.kernel_init == "he_normal":
+            backbone = jax.tree.map(
+                lambda leaf: make_he_normal(np.asarray(leaf)) if leaf.ndim == 4 else leaf, state.params["backbone"]
+            )
+            state = state.replace(params=state.params | {"backbone": backbone})
+        return state
+
+    def _add_evaluated(self, state: TrainState) -> TrainState:
+        """Add what is evaluated in place of parameters and running moments, equal to them at first, if asked."""
+        return state.replace(
+            averaged_params=state.params if self.config.optimizer.ema_decay else {},
+            fitted_stats=state.batch_stats if self.config.train.recompute_moments else {},
+        )
+
+    def rate_at(self, step: int, plateau_scale: float) -> float:
+        """Return the learning rate of a step, the first being 0."""
+        return rate_at(self.schedule, step) * plateau_scale
 
     def select_inputs(self, batch: Batch) -> dict[str, Any]:
         """Return what the train step takes of a training batch, with the findings if the network has a map for each."""
@@ -106,7 +146,7 @@ class Run:
     @functools.cached_property
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the state, without arrays: the mould for restoring."""
-        sharding, shapes = replicated(self.mesh), self.initialization.shapes
+        sharding, shapes = replicated(self.mesh), self._add_evaluated(self.initialization.shapes)
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
 
@@ -141,13 +181,15 @@ def create_run(config: ConfigDict, dataset: Dataset | None = None) -> Run:
         )
     normalization = choose_normalization(config)
     model = model.clone(value_range=find_value_range(normalization))
-    tx = create_optimizer(config.optimizer.learning_rate, config.optimizer.momentum)
+    num_steps = config.train.num_epochs * steps_per_epoch(dataset.splits["train"], config.data, config.train.batch_size)
+    schedule = create_schedule(config.optimizer, num_steps)
+    tx = create_optimizer(schedule, **{field: config.optimizer[field] for field in OPTIMIZER_FIELDS})
     root_key = jax.random.key(config.seed)
     weights = (1.0, 1.0)
     if config.train.class_weights == "balanced":
         weights = compute_class_weights(epoch_labels(dataset.splits["train"], config.data))
     options = {name: config.train[name] for name in ("attention_negative_weight", "accumulate_steps")}
-    options["loss"] = create_loss(config.train)
+    options |= {"loss": create_loss(config.train), "ema_decay": config.optimizer.ema_decay}
 
     def train_step(state: TrainState, batch: Batch, rate_scale: jax.Array, root_key: jax.Array):
         # The key is an argument, so that runs of other seeds find this program in the compilation cache.
@@ -158,18 +200,21 @@ def create_run(config: ConfigDict, dataset: Dataset | None = None) -> Run:
         return jax.jit(make_eval_step(model, normalization, num_copies), out_shardings=fetchable(mesh))
 
     eval_step = jit_eval_step(1)
+    moments_step = make_moments_step(model, normalization)
     return Run(
         config=config,
         dataset=dataset,
         mesh=mesh,
         root_key=root_key,
         model=model,
+        schedule=schedule,
         tx=tx,
         normalization=normalization,
         class_weights=weights,
         train_step=jax.jit(train_step, donate_argnums=0),
         eval_step=eval_step,
         test_step=eval_step if config.eval.num_copies == 1 else jit_eval_step(config.eval.num_copies),
+        moments_step=jax.jit(moments_step, out_shardings=replicated(mesh), donate_argnums=1),
     )
 
 

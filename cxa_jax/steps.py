@@ -1,4 +1,7 @@
-"""What is done to a batch on the device: train_step, eval_step, and the pixels' way in. Pure; jitted by the caller."""
+"""What is done to a batch on the device: train_step, moments_step, eval_step, and the pixels' way in.
+
+Pure; jitted by the caller.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,12 +18,15 @@ from cxa_jax.data.augment import augment, image_keys, normalize_images, to_rgb
 from cxa_jax.evidence import class_activation_map, grad_cam, linearized_evidence
 from cxa_jax.losses import Loss, mean_loss_of_others, weighted_binary_cross_entropy
 from cxa_jax.models.cxa import CardioXAttentionNet
+from cxa_jax.optimizer import average_step_size
+from cxa_jax.pooling import FEATURES_ONLY
 from cxa_jax.train_state import TrainState
 
 # What the root key is folded with first: one number for each purpose, so that no two share a stream.
 INIT, AUGMENT, DROPOUT, CONTROL = range(4)
 
 TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+MomentsStep = Callable[[PyTree, PyTree, jax.Array, jax.Array], PyTree]
 
 
 def augment_batch(root_key: jax.Array, step: jax.Array, batch: Batch, normalization: str, config: ConfigDict) -> Images:
@@ -43,13 +49,16 @@ def make_train_step(
     loss: Loss = weighted_binary_cross_entropy,
     attention_negative_weight: float = 0.0,
     accumulate_steps: int = 1,
+    ema_decay: float = 0.0,
 ) -> TrainStep:
-    """Return train_step(state, batch, rate_scale) -> (state, metrics): augment, forward, weighted loss, SGD.
+    """Return train_step(state, batch, rate_scale) -> (state, metrics): augment, forward, weighted loss, update.
 
     The loss is the mean of Eq. (1), or of another `loss`, class-weighted, over the rows whose mask is True; plus
     `attention_negative_weight` times the mean of W over the cells of the negatives among them. A network with a map for
     each finding adds the mean loss of the thirteen others (`batch["findings"]`). `metrics` holds `loss`, the sum of
     all, and `healthy`; see `TrainState.healthy` for what a loss or gradient that is not finite does.
+
+    With `ema_decay` > 0 the state's averaged parameters follow the new ones; see `average_step_size`.
 
     With `accumulate_steps` k > 1 the batch passes through the network in k parts, one by one, in the memory of one.
     Loss and gradient are still those of the whole batch: every mean is over its rows. Two things differ from k = 1:
@@ -94,11 +103,11 @@ def make_train_step(
         def update() -> TrainState:
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             updates = jax.tree.map(lambda update: rate_scale * update, updates)
+            params, averaged, step = optax.apply_updates(state.params, updates), {}, state.step + 1
+            if ema_decay:
+                averaged = optax.incremental_update(params, state.averaged_params, average_step_size(ema_decay, step))
             return state.replace(
-                step=state.step + 1,
-                params=optax.apply_updates(state.params, updates),
-                batch_stats=batch_stats,
-                opt_state=opt_state,
+                step=step, params=params, batch_stats=batch_stats, opt_state=opt_state, averaged_params=averaged
             )
 
         new_state = update_if(healthy, update, state)
@@ -162,10 +171,48 @@ def mean_of_valid(values: jax.Array, mask: jax.Array, num_valid: jax.Array) -> j
     return jnp.sum(jnp.where(mask, values, 0)) / jnp.maximum(num_valid, 1)
 
 
+def with_momentum(model: CardioXAttentionNet, momentum: float) -> CardioXAttentionNet:
+    """Return the network with this momentum in each batch norm; with 0 a pass leaves its batch's own moments behind."""
+    return model.clone(batch_norm_momentum=momentum, backbone=model.backbone.clone(batch_norm_momentum=momentum))
+
+
+def make_moments_step(model: CardioXAttentionNet, normalization: str) -> MomentsStep:
+    """Return moments_step(params, moments, num_batches, images uint8 [B, H, W, 1]) -> moments of one batch more.
+
+    `moments` is a tree as `batch_stats`, of the `num_batches` before: zeros where that is 0. The images pass through as
+    in training, each batch normalised by its own moments, but neither augmented nor dropped out. Of K batches come out
+    the mean of the batches' means, and the population variance: the mean of var + mean^2 over the batches, less the
+    square of that mean ("precise BN", arXiv 2105.07576), added up without the cancellation (Chan et al. 1979).
+    """
+    passing = with_momentum(model, 0.0).clone(dropout=0.0)
+
+    def moments_step(params: PyTree, moments: PyTree, num_batches: jax.Array, images: jax.Array) -> PyTree:
+        inputs = to_rgb(normalize_images(images, normalization), normalization)
+        variables = {"params": params, "batch_stats": moments}
+        _, updated = passing.apply(variables, inputs, train=True, mutable=["batch_stats"])
+        share = 1 / (num_batches + 1)
+
+        def add(moments: PyTree, batch: PyTree) -> PyTree:
+            if "mean" not in batch:
+                return {name: add(moments[name], batch[name]) for name in batch}
+            difference = batch["mean"] - moments["mean"]
+            between = share * (1 - share) * jnp.square(difference)
+            return {
+                "mean": moments["mean"] + share * difference,
+                "var": moments["var"] + share * (batch["var"] - moments["var"]) + between,
+            }
+
+        return add(moments, updated["batch_stats"])
+
+    return moments_step
+
+
 def make_eval_step(
     model: CardioXAttentionNet, normalization: str, num_copies: int = 1
 ) -> Callable[[PyTree, Any], dict[str, jax.Array]]:
     """Return eval_step(variables, images uint8 [B, H, W, 1]) -> {'logit' [B], maps [B, h, w]}.
+
+    With an attention map that was learnt also `attention_logits`, its z [B, h, w].
 
     The maps: `attention`, W in [0, 1]; `weights`, p of the pooling, its mean over channels where each has its own;
     `evidence`, the linearised class evidence of each cell, in logits; `grad_cam`, through pooling and head with p held
@@ -185,6 +232,8 @@ def make_eval_step(
             "evidence": linearized_evidence(head, features, weights, pooled),
             "grad_cam": grad_cam(lambda features: head(jnp.sum(weights * features, axis=(1, 2))), features),
         }
+        if model.pooling not in FEATURES_ONLY:
+            maps["attention_logits"] = out["attention_logits"][..., 0]
         if model.head == "linear":  # whose gradient is its kernel, at any pooled features
             maps["cam"] = class_activation_map(features, jax.grad(lambda row: head(row[None])[0])(pooled[0]))
         finding_logits = {name: out[name] for name in ("finding_logits",) if name in out}

@@ -8,7 +8,6 @@ import functools
 import json
 import logging
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,8 +25,8 @@ from cxa_jax.console import progress_bar
 from cxa_jax.data.pipeline import make_train_iterator, steps_per_epoch
 from cxa_jax.device_memory import naming_exhaustion
 from cxa_jax.distributed import writable
+from cxa_jax.epoch_end import end_epoch
 from cxa_jax.errors import UserError
-from cxa_jax.evaluate import compute_loss, evaluate_split
 from cxa_jax.metric_writer import MetricWriter, count_rows
 from cxa_jax.progress import Progress
 from cxa_jax.run import Run, create_run, log_run
@@ -93,7 +92,7 @@ def train(run: Run, folder: pathlib.Path, output: pathlib.Path) -> None:
                 state, progress = train_epoch(run, state, progress, iterator, saves, after_step=prepare)
                 try:
                     distributed.stop_if_agreed()
-                    progress = end_epoch(run, state, progress)
+                    state, progress = end_epoch(run, state, progress)
                 except interruption.Interrupted:  # here or on the dev split: the epoch's steps are not lost
                     saves.save(state, make_meta(run, progress, iterator))
                     raise
@@ -254,46 +253,10 @@ def _stop_unhealthy(
     )
     saves.save(state.replace(healthy=jax.numpy.ones_like(state.healthy)), make_meta(run, progress, iterator))
     saves.wait()
-    rate = run.config.optimizer.learning_rate * progress.plateau.scale
+    rate = run.rate_at(step, progress.plateau.scale)
     ids = ", ".join(split.index["id"][batch["index"]].tolist())
     raise UserError(
         f"the loss is {loss} or its gradient is not finite at step {step} (epoch {progress.epoch + 1}), learning rate "
         f"{rate:g}, images {ids}.\nThe state before this step is kept in {saves.latest.directory}. Look at these "
         "images, or go on with a lower --config.optimizer.learning_rate and --config.train.resume_changed=True."
     )
-
-
-def end_epoch(run: Run, state: TrainState, progress: Progress) -> Progress:
-    """Evaluate the dev split, add the epoch's row, update plateau and early stop."""
-    from cxa_jax.metrics import compute_auroc
-
-    start = time.perf_counter()
-    config = run.config
-    predictions = evaluate_split(
-        run.eval_step,
-        state.variables,
-        run.dataset.splits["dev"],
-        run.mesh,
-        batch_size=config.eval.batch_size,
-        num_threads=config.data.num_threads,
-        show_progress=False,
-    )
-    finite = bool(np.isfinite(predictions.logit).all())
-    row = {
-        "epoch": progress.epoch + 1,
-        "step": int(state.step),
-        "learning_rate": config.optimizer.learning_rate * progress.plateau.scale,
-        "train_loss": progress.train_loss,
-        "dev_loss": compute_loss(predictions),
-        "dev_loss_weighted": compute_loss(predictions, run.class_weights),
-        "dev_auroc": compute_auroc(predictions.label, predictions.logit) if finite else float("nan"),
-        "data": run.dataset.name,
-    }
-    monitored = -row["dev_auroc"] if config.train.select_by == "dev_auroc" else row[config.train.select_by]
-    ended = progress.end_epoch(monitored, row["step"], row, config.optimizer)
-    log.info(
-        "epoch %d: train loss %.4f, dev loss %.4f, dev AUROC %.4f, learning rate %.3g (dev took %.1f s)%s",
-        row["epoch"], row["train_loss"], row["dev_loss"], row["dev_auroc"], row["learning_rate"],
-        time.perf_counter() - start, ", best so far" if ended.best_step == row["step"] else "",
-    )  # fmt: skip
-    return ended

@@ -1,5 +1,6 @@
 """Everything a step changes, as one pytree."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -20,6 +21,10 @@ class TrainState:
 
     `healthy` turns False at the first step whose loss or gradient is not finite. From then on steps change nothing, so
     the host, which looks one step late, still holds the last good state.
+
+    `averaged_params` and `fitted_stats` are what is evaluated and kept in place of the last step's parameters and the
+    running moments: the average of the parameters over steps, and the moments recomputed at an epoch's end. Empty where
+    the config does not ask for them. Training reads neither.
     """
 
     step: jax.Array
@@ -27,11 +32,16 @@ class TrainState:
     params: PyTree
     batch_stats: PyTree
     opt_state: PyTree
+    averaged_params: PyTree = dataclasses.field(default_factory=dict)
+    fitted_stats: PyTree = dataclasses.field(default_factory=dict)
 
     @property
     def variables(self) -> dict[str, PyTree]:
-        """What `model.apply` takes."""
-        return {"params": self.params, "batch_stats": self.batch_stats}
+        """What `model.apply` takes to evaluate: the averaged and the fitted, where there are any."""
+        return {
+            "params": self.averaged_params or self.params,
+            "batch_stats": self.fitted_stats or self.batch_stats,
+        }
 
 
 def init_train_state(

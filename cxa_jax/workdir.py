@@ -54,6 +54,8 @@ FREE_SECTIONS = ("eval.", "benchmark.")
 NETWORK_FIELDS = tuple(
     f"config.model.{field}:" for field in ("backbone", "stride", "stride_by", "pooling", "head", "labels")
 )
+# Fields whose change makes another state of the optimiser.
+OPTIMIZER_FIELDS = ("config.optimizer.name:", "config.optimizer.schedule:", "config.optimizer.warmup_steps:")
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
@@ -212,7 +214,10 @@ def add_younger_fields(flat: dict[str, Any], config: ConfigDict) -> dict[str, An
 
 def describe_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return 'config.a.b: old -> new' for every field that shapes a result and differs; inputs are flat configs."""
-    fields = sorted((old.keys() | new.keys()) - set(FREE_FIELDS))
+    free = set(FREE_FIELDS)
+    if "cosine" in (old.get("optimizer.schedule"), new.get("optimizer.schedule")):
+        free.remove("train.num_epochs")  # the cosine ends there
+    fields = sorted((old.keys() | new.keys()) - free)
     fields = [field for field in fields if not field.startswith(FREE_SECTIONS)]
     missing = "(absent)"
     return [
@@ -234,6 +239,12 @@ def check_same_run(meta: dict[str, Any], config: ConfigDict, fingerprint: str, w
     other_network = [change for change in changes if change.startswith(NETWORK_FIELDS)]
     if other_network:
         raise UserError(f"{workdir} holds another network; choose another --workdir:\n  " + "\n  ".join(other_network))
+    other_optimizer = [change for change in changes if change.startswith(OPTIMIZER_FIELDS)]
+    if other_optimizer:
+        raise UserError(
+            f"{workdir} holds the state of another optimiser; choose another --workdir, which may start from this "
+            "run's backbone by --config.init.run:\n  " + "\n  ".join(other_optimizer)
+        )
     if meta["fingerprint"] != fingerprint:
         changes.append(f"data fingerprint: {meta['fingerprint'][:12]} -> {fingerprint[:12]}")
     if changes and not config.train.resume_changed:

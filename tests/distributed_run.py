@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import tiny
 
-from cxa_jax import figures, outputs, train
+from cxa_jax import epoch_end, figures, outputs, train
 from cxa_jax import run as run_module
 from cxa_jax.console import command_exits, log_to_console
 from cxa_jax.data import pipeline
@@ -29,7 +29,7 @@ from cxa_jax.train_state import trace_initialization
 PLACES = {
     "start": (train, "append_environment"),
     "training": (train, "put_batch"),
-    "dev": (train, "evaluate_split"),
+    "dev": (epoch_end, "evaluate_split"),
     "save": (train, "make_meta"),
     "predict": (outputs, "evaluate_split"),  # dev, then test
     "metrics": (outputs, "compute_run_metrics"),

@@ -8,7 +8,8 @@ from cxa_jax.errors import UserError
 
 
 def test_the_defaults_and_every_variant_pass():
-    for variant in ("", "gap", "gap_mlp", "phantom_quick", "phantom_hour", "research", "nih_128"):
+    presets = ("phantom_quick", "phantom_hour", "research", "nih_128", "nih_128,torch_recipe,gap")
+    for variant in ("", "gap", "gap_mlp", *presets):
         check_config(dense121.get_config(variant), min_size=32)
 
 

@@ -112,7 +112,7 @@ def test_one_process_writes(trained):
         ((["--signal=training:5"], ["--signal=training:6"]), "step 6"),  # at the end of an epoch, to both
         (((), ["--signal=start:1"]), "step 3"),
         (((), ["--signal=dev:1"]), "step 6"),  # the epoch is finished
-        (((), ["--signal=dev:2"]), "step 12"),  # of the last epoch
+        (((), ["--signal=dev:3"]), "step 12"),  # of the last epoch; the second is the first epoch's, by other moments
         (((), ["--signal=save:1"]), "step 6"),
         ((["--signal=predict:1"], ()), "step 12"),
         (((), ["--signal=predict:2"]), "step 12"),

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import tiny
 from quick import slow
+from scipy.stats import kstest
 
+from cxa_jax import run as run_module
 from cxa_jax.models.cxa import CardioXAttentionNet
 from cxa_jax.models.densenet import DenseNet
 from cxa_jax.models.inception_resnet_v2 import InceptionResNetV2
@@ -16,6 +18,7 @@ from cxa_jax.models.initialization import (
     draw_glorot_uniform,
     find_needed,
     glorot_uniform,
+    make_he_normal,
     run_on_host,
     runs_on_host,
 )
@@ -113,3 +116,32 @@ def test_only_what_is_needed_is_evaluated():
     np.testing.assert_allclose(cos, np.cos([0.5, 1.0]), rtol=1e-6)
     assert type(zeros) is np.ndarray and zeros.shape == (2, 3) and zeros.dtype == np.float32
     assert x.tolist() == [0.5, 1.0] and float(four) == 8
+
+
+@pytest.mark.parametrize("shape", [(7, 7, 3, 64), (1, 1, 256, 128), (3, 3, 128, 32)])
+def test_he_normal_has_the_variance_of_pytorch_and_the_order_of_the_draws(shape):
+    uniform = draw_glorot_uniform(jax.random.key(np.random.default_rng().integers(2**31)), shape)
+    kernel = make_he_normal(uniform)
+    assert kernel.dtype == np.float32 and kernel.shape == shape
+    standard = np.sort(kernel.ravel().astype(np.float64)) / np.sqrt(2 / np.prod(shape[:3]))  # kaiming_normal_: fan in
+    assert kstest(standard, "norm").pvalue > 1e-6
+    np.testing.assert_array_equal(np.argsort(kernel.ravel()), np.argsort(uniform.ravel()))
+    least = np.array(-np.sqrt(6 / (np.prod(shape[:3]) + np.prod(shape[:2]) * shape[3])), np.float32)
+    assert np.isfinite(make_he_normal(np.full(shape, least))).all()
+
+
+def test_a_run_draws_what_its_config_says(monkeypatch):
+    monkeypatch.setattr(run_module, "load_dataset", lambda config: tiny.make_dataset())
+    states = {
+        name: run_module.create_run(tiny.make_config(**{"model.kernel_init": name})).create_state()
+        for name in ("glorot_uniform", "he_normal")
+    }
+    he, glorot = (jax.device_get(states[name].params) for name in ("he_normal", "glorot_uniform"))
+    for path, leaf in jax.tree_util.tree_flatten_with_path(he)[0]:
+        before = glorot
+        for key in path:
+            before = before[key.key]
+        if path[0].key == "backbone" and leaf.ndim == 4:
+            np.testing.assert_array_equal(leaf, make_he_normal(before))
+        else:
+            np.testing.assert_array_equal(leaf, before)

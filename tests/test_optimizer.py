@@ -1,20 +1,22 @@
-"""The two per-epoch rules against Keras' callbacks, and SGD against the formula."""
+"""The two per-epoch rules against Keras' callbacks."""
 
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
+from quick import jit
 
 from cxa_jax.optimizer import (
     EarlyStopRule,
     EarlyStopState,
     PlateauRule,
     PlateauState,
-    create_optimizer,
     is_best,
     update_early_stop,
     update_plateau,
@@ -134,15 +136,43 @@ def test_cuts_and_stop_fall_where_the_paper_has_them():
     assert epoch == best + 40
 
 
-def test_sgd_with_momentum_is_the_formula():
-    rng = np.random.default_rng(3)
-    gradients = rng.normal(size=(6, 5)).astype(np.float32)
-    tx = create_optimizer(0.1, 0.9)
-    params = jnp.zeros(5)
-    state, velocity, expected = tx.init(params), np.zeros(5), np.zeros(5)
-    for gradient in gradients:
-        updates, state = tx.update(jnp.asarray(gradient), state, params)
-        params = optax.apply_updates(params, updates)
-        velocity = 0.9 * velocity + gradient
-        expected = expected - 0.1 * velocity
-    np.testing.assert_allclose(params, expected, rtol=1e-5)
+@pytest.fixture(scope="module")
+def optax_scales():
+    """The scales of optax.contrib.reduce_on_plateau after each epoch, fed once an epoch."""
+
+    @jit
+    def find_scales(losses, patience):
+        rule = optax.contrib.reduce_on_plateau(0.3, patience, rtol=0.0, atol=1e-4)
+
+        def feed(state, loss):
+            state = rule.update(jnp.zeros(1), state, value=loss)[1]
+            return state, state.scale
+
+        return jax.lax.scan(feed, rule.init(jnp.zeros(1)), losses)[1]
+
+    return lambda losses, patience: np.asarray(find_scales(np.asarray(losses, np.float32), patience))
+
+
+def plateau_scales(losses, patience, min_delta=1e-4):
+    state, scales = PlateauState(), []
+    for loss in losses:
+        state = update_plateau(PlateauRule(0.3, patience, min_delta), state, float(loss))
+        scales.append(state.scale)
+    return scales
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_plateau_equals_optax_where_rounding_decides_nothing(seed, optax_scales):
+    losses, patience = draw_losses(seed), int(np.random.default_rng(seed).integers(1, 20))
+    np.testing.assert_allclose(plateau_scales(losses, patience), optax_scales(losses, patience), 1e-5, 1e-37)
+
+
+def test_plateau_is_not_optax_s_in_the_last_digits_nor_at_the_ends_of_its_fields(optax_scales):
+    """Why it is not used: dev losses are float64 on the host, its record is float32 on the device."""
+    losses = [1.0, 0.9999 - 1e-9]  # better by min_delta and a little
+    assert plateau_scales(losses, 1) == [1.0, 1.0]
+    assert optax_scales(losses, 1).tolist() == [1.0, np.float32(0.3)]
+    assert float(optax_scales([1.0] * 3, 1)[1]) != plateau_scales([1.0] * 3, 1)[1] == 0.3
+    for factor, min_delta in ((0.3, 0.0), (1.0, 1e-4), (0.0, 1e-4)):  # min_delta 0 is Keras' own, allowed here
+        with pytest.raises(ValueError):
+            optax.contrib.reduce_on_plateau(factor, 1, rtol=0.0, atol=min_delta)

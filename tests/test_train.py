@@ -17,7 +17,7 @@ import pytest
 import tiny
 from conftest import QUICK_FLAGS, compiles_quickly
 
-from cxa_jax import figures, train
+from cxa_jax import epoch_end, figures, train
 from cxa_jax import run as run_module
 from cxa_jax.checkpointing import Checkpoints
 from cxa_jax.errors import UserError
@@ -201,7 +201,7 @@ def test_nan_stops_with_step_rate_and_ids_and_keeps_the_last_good_state(tmp_path
 
 def test_a_signal_saves_the_step_and_the_run_goes_on_bit_for_bit(uncut, tmp_path, monkeypatch):
     """The first signal comes inside an epoch, the second while dev is predicted."""
-    config, evaluate_split = tiny.make_config(), train.evaluate_split
+    config, evaluate_split = tiny.make_config(), epoch_end.evaluate_split
     fetch, signals = train._fetch, iter([signal.SIGTERM])
 
     def interrupting_fetch(run, state, progress, *rest):
@@ -218,12 +218,12 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_bit_for_bit(uncut, tmp_path
     with pytest.raises(Interrupted, match="SIGTERM"), end_on_signal():
         train.train_and_evaluate(config, str(tmp_path))
     assert read_arrays(tmp_path, "latest")[1]["progress"]["epoch_step"] == 4  # one was on the device, one more follows
-    monkeypatch.setattr(train, "evaluate_split", interrupting_evaluation)
+    monkeypatch.setattr(epoch_end, "evaluate_split", interrupting_evaluation)
     with pytest.raises(Interrupted, match="SIGINT"), end_on_signal():
         train.train_and_evaluate(config, str(tmp_path))
     _, meta = read_arrays(tmp_path, "latest")
     assert meta["progress"]["epoch_step"] == 6 and meta["progress"]["epoch"] == 0
-    monkeypatch.setattr(train, "evaluate_split", evaluate_split)
+    monkeypatch.setattr(epoch_end, "evaluate_split", evaluate_split)
     train.train_and_evaluate(config, str(tmp_path))
     assert_same_run(uncut, tmp_path)
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 from jax.extend.random import threefry_2x32
+from scipy.special import ndtri
 
 HOST_OPERATIONS = {"broadcast_in_dim", "random_fold_in", "glorot_uniform"}
 CHUNK = 1 << 16  # draws of one call: one program for arrays of all sizes
@@ -100,6 +101,23 @@ def draw_glorot_uniform(key: jax.Array, shape: tuple[int, ...]) -> np.ndarray:
     in_axes = shape[-2] * math.prod(shape[:-2]), shape[-1] * math.prod(shape[:-2])
     variance = np.float32(2 / sum(in_axes))
     return np.maximum(uniform * np.float32(2) - np.float32(1), np.float32(-1)) * np.sqrt(np.float32(3) * variance)
+
+
+def make_he_normal(kernel: np.ndarray) -> np.ndarray:
+    """Turn a kernel drawn from Glorot's uniform distribution into one from He's normal one, by the same random numbers.
+
+    Variance 2 / fan in (He et al. 2015), as PyTorch's DenseNets begin; each draw keeps its rank.
+
+    Args:
+      kernel: [kh, kw, C_in, C_out], as `glorot_uniform` draws it.
+
+    Returns:
+      float32, of the same shape.
+    """
+    fan_in, fan_out = math.prod(kernel.shape[:-1]), math.prod(kernel.shape[:-2]) * kernel.shape[-1]
+    uniform = (kernel.astype(np.float64) / math.sqrt(6 / (fan_in + fan_out)) + 1) / 2
+    half_step = 2.0**-24  # of the draws, multiples of 2^-23: 0 is one of them, and its normal number is infinite
+    return (ndtri(np.clip(uniform, half_step, 1 - half_step)) * math.sqrt(2 / fan_in)).astype(np.float32)
 
 
 @jax.jit
