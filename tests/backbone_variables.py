@@ -46,6 +46,14 @@ def check_dilated(whole, stride: int, height: int, width: int) -> None:
     assert expected.std() > 1e-3 * np.abs(expected).max()
 
 
+def check_momentum(module, size: int) -> None:
+    """Assert that a momentum of 1 leaves every running moment as it was, so that none has a momentum of its own."""
+    images = jax.random.uniform(jax.random.key(1), (2, size, size, 3))
+    variables, still = random_variables(module), module.clone(batch_norm_momentum=1.0)
+    step = jit(lambda v, x: still.apply(v, x, train=True, mutable=["batch_stats"])[1]["batch_stats"])
+    jax.tree.map(np.testing.assert_array_equal, step(variables, images), variables["batch_stats"])
+
+
 def check_options(module, size: int) -> None:
     """Assert that remat changes nothing and bfloat16 little: 5 % of the largest feature."""
     images = jax.random.uniform(jax.random.key(1), (2, size, size, 3))

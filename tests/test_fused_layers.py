@@ -109,7 +109,7 @@ def compare(make, dtype, shape):
         (make_resnet, (2, 45, 52, 3)),
         pytest.param(make_inception, (4, 139, 144, 3), marks=pytest.mark.slow),
         pytest.param(make_dilated_resnet, (2, 45, 52, 3), marks=pytest.mark.slow),
-        pytest.param(make_dilated_inception, (4, 107, 112, 3), marks=pytest.mark.slow),
+        pytest.param(make_dilated_inception, (2, 91, 96, 3), marks=pytest.mark.slow),
     ],
 )
 def test_equals_plain_in_float64(make, shape):
@@ -147,7 +147,7 @@ def test_float32_is_as_exact_as_plain(make, shape):
     [
         ((*BLOCK8, MIXED_5B[1], MIXED_5B[3]), jnp.float64),
         pytest.param((*BLOCK8, MIXED_5B[1], MIXED_5B[3]), jnp.float32, marks=pytest.mark.slow),
-        (dilate(MIXED_7A[2:], 2, strided=False), jnp.float64),
+        (dilate((MIXED_7A[1], MIXED_7A[3]), 2, strided=False), jnp.float64),
     ],
 )
 def test_inception_block_equals_plain(branches, dtype):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from backbone_variables import check_dilated, check_options
+from backbone_variables import check_dilated, check_momentum, check_options
 from receptive_fields import chain_geometry, gradient_centre
 
 from cxa_jax.errors import UserError
@@ -135,6 +135,11 @@ def test_options_are_the_same_function():
 @pytest.mark.slow
 def test_options_are_the_same_function_when_dilated():
     check_options(InceptionResNetV2(SMALL, stride=8, stride_by="dilate"), 91)
+
+
+@pytest.mark.parametrize("implementation", ["plain", pytest.param("fused", marks=pytest.mark.slow)])
+def test_momentum_reaches_every_norm(implementation):
+    check_momentum(InceptionResNetV2((1, 1, 2), implementation=implementation), 107)
 
 
 @pytest.mark.parametrize(("field", "value"), [("stride", 64), ("stride_by", "pool")])

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from backbone_variables import check_dilated, check_options, random_variables
+from backbone_variables import check_dilated, check_momentum, check_options, random_variables
 from quick import jit
 from receptive_fields import chain_geometry, gradient_centre
 
@@ -117,6 +117,11 @@ def test_options_are_the_same_function():
 @pytest.mark.slow
 def test_options_are_the_same_function_when_dilated():
     check_options(ResNet(SHALLOW, stride=8, stride_by="dilate"), 64)
+
+
+@pytest.mark.parametrize("implementation", ["plain", "fused"])
+def test_momentum_reaches_every_norm(implementation):
+    check_momentum(ResNet(SMALL, implementation=implementation), 64)
 
 
 def test_parameters_stay_float32():

@@ -16,7 +16,7 @@ from cxa_jax.models.layers import (
     norm,
     remat,
 )
-from cxa_jax.models.strides import STRIDES, check_stride
+from cxa_jax.models.strides import check_stride, find_last_stride
 from cxa_jax.models.tracing import trace_blocks_once
 
 EPSILON = 1e-3
@@ -170,39 +170,34 @@ class InceptionResNetV2(nn.Module):
     batch_norm_momentum: float = BATCH_NORM_MOMENTUM
 
     @property
-    def last_stride(self) -> int:
-        """Px, the stride that this network's last part has in the whole network."""
-        return self.stride if self.stride_by == "cut" else STRIDES[0]
-
-    @property
     def num_features(self) -> int:
         """Channels C of the feature map."""
-        return {32: 1536, 16: 1088, 8: 320}[self.last_stride]
+        return {32: 1536, 16: 1088, 8: 320}[find_last_stride(self.stride, self.stride_by)]
 
     @property
     def offset(self) -> int:
         """Px, receptive-field centre of cell 0: a valid 3x3 window on cells s px apart moves it by s."""
-        return self.last_stride + 5
+        return find_last_stride(self.stride, self.stride_by) + 5
 
     @property
     def min_size(self) -> int:
         """Px, least side of an image: of the whole network as Keras has it, of a cut one that of one cell."""
-        return 2 * self.last_stride + 11
+        return 2 * find_last_stride(self.stride, self.stride_by) + 11
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         check_stride(self.stride, self.stride_by)
         check_images(images, self.min_size, type(self).__name__)
         check_implementation(self.implementation)
-        branches = partial(Branches, **self._options)
+        branches, last_stride = partial(Branches, **self._options), find_last_stride(self.stride, self.stride_by)
         x = branches((STEM,), name="stem")(images, train=train)
         x = branches(MIXED_5B, name="mixed_5b")(x, train=train)
         x = self._residual("block35", BLOCK35, 0.17, self.num_blocks[0], x, train)
-        if self.last_stride == 8:
+        if last_stride == 8:
             return x
         x = branches(self._fit(MIXED_6A, 8), name="mixed_6a")(x, train=train)
         x = self._residual("block17", self._fit(BLOCK17, 16), 0.1, self.num_blocks[1], x, train)
-        if self.last_stride == 16:
+        if last_stride == 16:
             return x
         x = branches(self._fit(MIXED_7A, 16), name="mixed_7a")(x, train=train)
         block8 = self._fit(BLOCK8, 32)

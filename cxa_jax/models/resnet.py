@@ -18,7 +18,7 @@ from cxa_jax.models.layers import (
     norm,
     remat,
 )
-from cxa_jax.models.strides import check_stride
+from cxa_jax.models.strides import check_stride, find_last_stride
 
 EXPANSION = 4  # a block's output channels over its inner ones
 EPSILON = 1.001e-5
@@ -93,7 +93,7 @@ class ResNet(nn.Module):
     @property
     def kept_blocks(self) -> tuple[int, ...]:
         """The blocks of the stages that this network has."""
-        return self.num_blocks[: self.stride.bit_length() - 2] if self.stride_by == "cut" else self.num_blocks
+        return self.num_blocks[: find_last_stride(self.stride, self.stride_by).bit_length() - 2]
 
     @property
     def num_features(self) -> int:
