@@ -104,6 +104,7 @@ def _model(backbone: str) -> ConfigDict:
             "labels": "cardiomegaly",  # 'cardiomegaly' | 'findings': NIH's 13 others too, a map for each (A3); X-rays
             # 'normalized': W multiplies BN(F) | 'raw': F (A1) | 'all_normalized': BN(F), and GAP and the others read it
             "attended": "normalized",  # what the pooling reads
+            "attention_bound": 0.0,  # b: z -> b tanh(z / b), so W stays off 0 and 1; 0 = unbounded, the paper
             # 'glorot_uniform' (Table 3) | 'he_normal': the backbone's, as in PyTorch's DenseNets; not imported ones
             "kernel_init": "glorot_uniform",  # what fresh convolution kernels are drawn from
             "dropout": 0.5,  # before each dense layer of the head (A6)
@@ -184,7 +185,7 @@ def _eval() -> ConfigDict:
             # 1: the image alone | 2 to 9: and copies of it, shifted and zoomed a little; logits and maps are averaged
             "num_copies": 1,  # looks at each image in a test, one after the other: so many times the time
             "overlay_intensity": 0.2,  # of the colour map over the X-ray (Figs. 1, 8)
-            "levels_run": "",  # workdir of a phantom run, whose dev hearts tuned a map level for boxes; '' = init.run
+            "levels_run": "",  # workdir of a phantom run, whose dev hearts tuned how maps become boxes; '' = init.run
             "prevalences": (0.0327, 0.0978, 0.2),  # precision, NPV ... are re-weighted to: training list, test, Table 4
             "num_bootstrap": 2000,  # patient-clustered resamples behind each interval
         }
@@ -196,7 +197,9 @@ def ablation() -> ConfigDict:
     return ConfigDict(
         {
             "poolings": "amm,gap",  # names separated by commas, or 'all' of cxa_jax.pooling.POOLINGS
+            "strides": "",  # of config.model.stride, separated by commas, such as '32,16,8'; '' = the config's own
             "seeds": (0, 1, 2),  # of the trainings
+            "rules": "half_max",  # threshold rules, separated by commas: the table has a mean IoU for each
             "num_parallel": 0,  # runs at a time; 0 = one for each core, pinned to it; on an accelerator 1
         }
     )

@@ -1,4 +1,4 @@
-"""The figure of an ablation: every pooling, every seed, intervals, and what chance gives."""
+"""The figure of an ablation: every pooling and stride, every seed, intervals, and what chance gives."""
 
 import pathlib
 from typing import Any
@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from cxa_jax.ablation_table import METRICS, TITLES, title_rows
+from cxa_jax.ablation_table import title_control, title_rows
 from cxa_jax.figures import save_figure
 
 CONTROL_STYLES = {"random_map": ":", "image_centre": "--", "median_box": "-."}
+GREYS = {"stride16": "dimgrey", "stride8": "darkgrey"}  # a random map has the grid of its stride
 LEAST_SPAN = 0.1
 COLOURS = {"amm": "tab:red", "gap": "tab:blue"}
 
@@ -17,24 +18,26 @@ COLOURS = {"amm": "tab:red", "gap": "tab:blue"}
 def save_ablation_figure(report: dict[str, Any], path: pathlib.Path) -> None:
     """Draw a panel for each metric and one for the step time; write `path`.png and .pdf, each all or nothing."""
     names = list(report["poolings"])[::-1]  # the first on top
-    figure = Figure(figsize=(14, 0.42 * len(names) + 2.4), layout="constrained")
+    metrics = report["metrics"]
+    colours = {name: COLOURS.get(own["pooling"], "tab:gray") for name, own in report["poolings"].items()}
+    figure = Figure(figsize=(2.8 * (len(metrics) + 1), 0.42 * len(names) + 2.4), layout="constrained")
     data = report["data"]
     figure.suptitle(
         f"{data['description'].split(' [')[0]}, {data['image_size']} px, {data['num_test_images']:,} test images: "
         "dots are seeds, bars the mean over seeds with its 95 % interval"
     )
-    panels = figure.subplots(1, len(METRICS) + 1, sharey=True)
-    for axes, metric in zip(panels, METRICS, strict=False):
+    panels = figure.subplots(1, len(metrics) + 1, sharey=True)
+    for axes, metric in zip(panels, metrics, strict=False):
         for place, name in enumerate(names):
-            _draw_interval(axes, place, report["poolings"][name]["metrics"][metric], COLOURS.get(name, "tab:gray"))
+            _draw_interval(axes, place, report["poolings"][name]["metrics"][metric], colours[name])
         _draw_controls(axes, report, metric)
-        axes.set_xlabel(TITLES[metric])
+        axes.set_xlabel(metrics[metric])
     for place, name in enumerate(names):
         step = report["poolings"][name]["step_time"]
         if step:
             ratio = step["ratio"]
-            _draw_interval(panels[-1], place, ratio | {"per_seed": []}, COLOURS.get(name, "tab:gray"))
-            panels[-1].set_xlabel(f"step time / {ratio['to']} (rounds resampled)")
+            _draw_interval(panels[-1], place, ratio | {"per_seed": []}, colours[name])
+            panels[-1].set_xlabel(f"step time / {ratio['to']}\n(rounds resampled)")
     titles = title_rows(report["poolings"])
     panels[0].set_yticks(range(len(names)), [titles[name] for name in names])
     panels[0].set_ylim(-0.6, len(names) - 0.4)
@@ -59,9 +62,9 @@ def _draw_interval(axes, place: int, value: dict[str, Any] | None, colour: str) 
 
 
 def _draw_controls(axes, report: dict[str, Any], metric: str) -> None:
-    for control, style in CONTROL_STYLES.items():
-        value = report["controls"][control].get(metric)
+    for control, values in report["controls"].items():
+        value = values.get(metric)
         if value is not None and np.isfinite(value["estimate"]):
-            axes.axvline(
-                value["estimate"], color="black", linestyle=style, linewidth=1, label=control.replace("_", " ")
-            )
+            kind, _, stride = control.partition("-")
+            style = {"linestyle": CONTROL_STYLES[kind], "linewidth": 1, "color": GREYS.get(stride, "black")}
+            axes.axvline(value["estimate"], label=title_control(control), **style)

@@ -3,18 +3,19 @@
 import json
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from cxa_jax.ablation_arms import name_iou
 from cxa_jax.atomic_files import replace_when_written
 from cxa_jax.console import log_to_console
 from cxa_jax.data.pipeline import make_train_iterator
 from cxa_jax.evaluate import Predictions
-from cxa_jax.localization import LocalizationScores, score_controls, score_maps
+from cxa_jax.localization import score_controls, score_maps
 from cxa_jax.map_evaluation import find_boxed_images
 from cxa_jax.outputs import predict_split, restore_best
 from cxa_jax.run import Run, create_run
@@ -23,13 +24,14 @@ from cxa_jax.train import train_and_evaluate
 from cxa_jax.workdir import describe_environment, flatten_config, to_json, write_atomically
 
 SCORES = "ablation_scores.npz"
-RULE = "half_max"
-LOCALIZATION = {"pointing": "pointing", "energy_ratio": "energy_ratio", "mean_iou": "iou"}  # name: per-image field
 NUM_WARMUP, NUM_ROUNDS = 2, 15
 
 
-def train_member(config: ConfigDict, workdir: str) -> None:
-    """Train and test one run as the main job does, then write its scores of each test image to `workdir`."""
+def train_member(config: ConfigDict, workdir: str, rules: Sequence[str]) -> None:
+    """Train and test one run as the main job does, then write its scores of each test image to `workdir`.
+
+    A run that is trained is not trained again, but tested: so rules may be added later.
+    """
     log_to_console()
     start = time.perf_counter()
     train_and_evaluate(config, workdir)
@@ -39,7 +41,7 @@ def train_member(config: ConfigDict, workdir: str) -> None:
     variables, meta = restore_best(run, folder)
     test = predict_split(run, variables, "test", folder)
     columns = {name: test.index[name] for name in ("id", "patient")} | {"label": test.label, "logit": test.logit}
-    columns |= score_weights(run, test)
+    columns |= score_weights(run, test, rules)
     facts = {
         "config": flatten_config(config),
         "fingerprint": run.dataset.fingerprint,
@@ -51,32 +53,37 @@ def train_member(config: ConfigDict, workdir: str) -> None:
     save_scores(folder / SCORES, columns, facts)
 
 
-def score_weights(run: Run, test: Predictions) -> dict[str, np.ndarray]:
+def score_weights(run: Run, test: Predictions, rules: Sequence[str]) -> dict[str, np.ndarray]:
     """Score the pooling's own map p of every boxed positive, and the controls that look at no image.
 
-    p is scaled by its maximum, not stretched: a constant p stays constant, so plain averaging scores as chance does.
+    p is scaled by its maximum, not stretched: a constant p stays constant, so plain averaging points as chance does and
+    has no box.
+
+    Args:
+      run: the run.
+      test: its predictions on the test split.
+      rules: threshold rules; the IoU alone depends on them.
 
     Returns:
-      `boxed_patient` [K] and, for the map and each control, `MAP/METRIC` [K]; nan where a control defines none. K = 0
-      where no positive has a box.
+      `boxed_patient` [K] and, for the map and each control, `MAP/METRIC` [K]: pointing, energy_ratio, and `name_iou` of
+      each rule; nan where a control defines none. K = 0 where no positive has a box.
     """
     boxed = find_boxed_images(run.dataset.splits[test.split])
     patients = test.index["patient"][boxed.rows]
-    if not len(boxed.rows):
-        return {"boxed_patient": patients}
-    geometry = {"stride": run.model.backbone.stride, "offset": run.model.backbone.offset, "rule": RULE}
-    size, maps = run.dataset.image_size, test.weights[boxed.rows]
-    geometry["scaling"] = "positive"
-    scored = {"weights": score_maps(maps, boxed.boxes, patients, size, **geometry)}
-    scored |= score_controls(boxed.boxes, patients, size, maps.shape[1:], seed=run.config.seed, **geometry)
     columns = {"boxed_patient": patients}
-    for name, scores in scored.items():
-        columns |= {f"{name}/{metric}": _column(scores, field) for metric, field in LOCALIZATION.items()}
+    if not len(boxed.rows):
+        return columns
+    size, maps = run.dataset.image_size, test.weights[boxed.rows]
+    options = {"stride": run.model.backbone.stride, "offset": run.model.backbone.offset, "scaling": "positive"}
+    for rule in rules:
+        scored = {"weights": score_maps(maps, boxed.boxes, patients, size, rule=rule, **options)}
+        scored |= score_controls(
+            boxed.boxes, patients, size, maps.shape[1:], rule=rule, seed=run.config.seed, **options
+        )
+        for name, scores in scored.items():
+            fields = {"pointing": scores.pointing, "energy_ratio": scores.energy_ratio, name_iou(rule): scores.iou}
+            columns |= {f"{name}/{metric}": np.asarray(values, np.float64) for metric, values in fields.items()}
     return columns
-
-
-def _column(scores: LocalizationScores, field: str) -> np.ndarray:
-    return np.asarray(getattr(scores, field), np.float64)
 
 
 def save_scores(path: pathlib.Path, columns: Mapping[str, np.ndarray], facts: dict[str, Any]) -> None:

@@ -1,50 +1,52 @@
 """From the scores of an ablation's runs to its table: means over seeds, paired differences, controls, step times."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from cxa_jax.ablation_arms import Arm, find_references, find_step_reference, title_metrics
+from cxa_jax.model_names import name_backbone
 from cxa_jax.seed_comparison import SeedSamples, combine, compare, sample_auroc, sample_means
 
-METRICS = ("auroc", "pointing", "energy_ratio", "mean_iou")
-BOUNDS = dict.fromkeys(METRICS, (0.0, 1.0)) | {"energy_ratio": (0.0, np.inf)}
-KINDS = {"auroc": "area", "pointing": "share", "mean_iou": "share"}
-REFERENCES = ("amm", "gap")
-CONTROLS = ("random_map", "image_centre", "median_box")
+BOUNDS = {"energy_ratio": (0.0, np.inf)}  # all others lie in [0, 1]
+KINDS = {"auroc": "area", "energy_ratio": ""}  # all others are shares
+GRID_CONTROL, CONTROLS = "random_map", ("image_centre", "median_box")
 POOLED = {  # by config.model.attended: what AMM and GAP average, besides the weights
     "normalized": "AMM pools BN(F), GAP F",
     "raw": "both pool F",
     "all_normalized": "both pool BN(F)",
 }
-TITLES = {"auroc": "AUROC", "pointing": "pointing", "energy_ratio": "energy ratio", "mean_iou": "mean IoU"}
 
-Scores = Mapping[tuple[str, int], tuple[dict[str, np.ndarray], dict[str, Any]]]
+Scores = Mapping[tuple[Arm, int], tuple[dict[str, np.ndarray], dict[str, Any]]]
 
 
 def compute_table(
-    scores: Scores, step_times: dict[str, Any] | None, num_resamples: int, seed: int = 0
+    scores: Scores, step_times: dict[str, Any] | None, rules: Sequence[str], num_resamples: int, seed: int = 0
 ) -> dict[str, Any]:
     """Compute every number of an ablation.
 
     Args:
-      scores: (pooling, seed) -> (columns, facts) of a run, as `ablation_member.load_scores` returns them.
+      scores: (arm, seed) -> (columns, facts) of a run, as `ablation_member.load_scores` returns them.
       step_times: what `ablation_member.measure_step_times` wrote, or None.
+      rules: threshold rules, a mean IoU each.
       num_resamples: of patients, the same ones for every run.
       seed: of the resamples.
 
     Returns:
-      `poolings`: for each its seeds, head, metrics (value of each seed, mean, interval) and step time; `differences`:
-      to AMM and to GAP, runs paired by seed, images by patient; `controls`: what looks at no image; `data`: the test
+      `metrics`: their names and titles; `poolings`: for each arm, by its name, pooling, stride (None: not compared),
+      seeds, head, metrics (value of each seed, mean, interval) and step time; `differences`: to the arms of
+      `find_references`, runs paired by seed, images by patient; `controls`: what looks at no image; `data`: the test
       set.
     """
-    names = list(dict.fromkeys(pooling for pooling, _ in scores))
-    seeds = {name: [seed for pooling, seed in scores if pooling == name] for name in names}
+    arms = list(dict.fromkeys(arm for arm, _ in scores))
+    seeds = {arm: [seed for other, seed in scores if other == arm] for arm in arms}
+    titles = title_metrics(rules)
     options = {"num_resamples": num_resamples, "seed": seed}
 
-    def sample(name: str, metric: str, chosen: list[int], prefix: str = "weights") -> SeedSamples | None:
-        columns = [scores[name, one][0] for one in chosen]
+    def sample(arm: Arm, metric: str, chosen: list[int], prefix: str = "weights") -> SeedSamples | None:
+        columns = [scores[arm, one][0] for one in chosen]
         first = columns[0]
         if metric == "auroc":
             return sample_auroc(first["label"], np.stack([c["logit"] for c in columns]), first["patient"], **options)
@@ -53,47 +55,59 @@ def compute_table(
         values = np.stack([c[f"{prefix}/{metric}"] for c in columns])
         return sample_means(values, first["boxed_patient"], **options)
 
-    def difference(a: str, b: str, metric: str) -> dict[str, Any] | None:
+    def difference(a: Arm, b: Arm, metric: str) -> dict[str, Any] | None:
         common = [one for one in seeds[a] if one in seeds[b]]
-        samples = [sample(name, metric, common) for name in (a, b)] if common else [None]
-        low, high = BOUNDS[metric]
+        samples = [sample(arm, metric, common) for arm in (a, b)] if common else [None]
+        low, high = find_bounds(metric)
         return None if None in samples else dataclasses.asdict(compare(*samples, bounds=(low - high, high - low)))
 
-    columns, facts = next(iter(scores.values()))
-    controls = {
-        control: {
-            metric: _describe(sample(names[0], metric, seeds[names[0]], control), metric) for metric in METRICS[1:]
+    def describe(arm: Arm) -> dict[str, Any]:
+        facts = [scores[arm, one][1] for one in seeds[arm]]
+        return {
+            "pooling": arm.pooling,
+            "stride": arm.stride,
+            "title": arm.title,
+            "head": facts[0]["config"]["model.head"],
+            "attended": facts[0]["config"]["model.attended"],
+            "seeds": seeds[arm],
+            "best_epochs": [own["best_epoch"] for own in facts],
+            "wall_s": [own["wall_s"] for own in facts],
+            "metrics": {metric: _describe(sample(arm, metric, seeds[arm]), metric) for metric in titles},
+            "step_time": describe_step(arm, arms, step_times),
         }
-        for control in CONTROLS
+
+    columns, facts = next(iter(scores.values()))
+    # The map's grid is the stride's, so a random map is too; the others are the same for all.
+    control_arms = {Arm(GRID_CONTROL, arm.stride): arm for arm in reversed(arms)}
+    control_arms = dict(reversed(control_arms.items())) | {Arm(control): arms[0] for control in CONTROLS}
+    controls = {
+        control.name: {
+            metric: _describe(sample(arm, metric, seeds[arm], control.pooling), metric)
+            for metric in titles
+            if metric != "auroc"
+        }
+        for control, arm in control_arms.items()
     }
     return {
         "data": _describe_data(columns, facts),
-        "poolings": {
-            name: {
-                "head": scores[name, seeds[name][0]][1]["config"]["model.head"],
-                "attended": scores[name, seeds[name][0]][1]["config"]["model.attended"],
-                "seeds": seeds[name],
-                "best_epochs": [scores[name, one][1]["best_epoch"] for one in seeds[name]],
-                "wall_s": [scores[name, one][1]["wall_s"] for one in seeds[name]],
-                "metrics": {metric: _describe(sample(name, metric, seeds[name]), metric) for metric in METRICS},
-                "step_time": describe_step(name, step_times),
-            }
-            for name in names
-        },
+        "metrics": titles,
+        "poolings": {arm.name: describe(arm) for arm in arms},
         "differences": {
-            reference: {
-                name: {metric: difference(name, reference, metric) for metric in METRICS}
-                for name in names
-                if name != reference
+            reference.name: {
+                arm.name: {metric: difference(arm, reference, metric) for metric in titles} for arm in compared
             }
-            for reference in REFERENCES
-            if reference in names
+            for reference, compared in find_references(arms).items()
         },
         "controls": controls,
         "commits": sorted({facts["environment"]["commit"] for _, facts in scores.values()}),
         "environment": facts["environment"],
         "config": facts["config"],
     }
+
+
+def find_bounds(metric: str) -> tuple[float, float]:
+    """Return the least and the greatest value of a metric."""
+    return BOUNDS.get(metric, (0.0, 1.0))
 
 
 def _describe_data(columns: dict[str, np.ndarray], facts: dict[str, Any]) -> dict[str, Any]:
@@ -112,29 +126,35 @@ def _describe_data(columns: dict[str, np.ndarray], facts: dict[str, Any]) -> dic
 def _describe(samples: SeedSamples | None, metric: str) -> dict[str, Any] | None:
     if samples is None:
         return None
-    interval = combine(samples, bounds=BOUNDS[metric], kind=KINDS.get(metric, ""))
+    interval = combine(samples, bounds=find_bounds(metric), kind=KINDS.get(metric, "share"))
     return {"per_seed": samples.estimates.tolist()} | dataclasses.asdict(interval)
 
 
-def describe_step(name: str, step_times: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the median step, and the median over rounds of its ratio to the reference's same round, with 95 %."""
-    if step_times is None or name not in step_times["seconds"]:
+def describe_step(arm: Arm, arms: Sequence[Arm], step_times: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the median step, and the median over rounds of its ratio to the reference's same round, with 95 %.
+
+    Args:
+      arm: whose step.
+      arms: all that were run.
+      step_times: `seconds`: those of each round by the arm's name; or None.
+    """
+    if step_times is None or arm.name not in step_times["seconds"]:
         return None
     seconds = step_times["seconds"]
-    reference = next((name for name in ("gap", "amm") if name in seconds), name)
-    ratios = np.divide(seconds[name], seconds[reference])
+    reference = find_step_reference([other for other in arms if other.name in seconds]) or arm
+    ratios = np.divide(seconds[arm.name], seconds[reference.name])
     draws = np.random.default_rng(0).integers(0, len(ratios), (2000, len(ratios)))  # of rounds
     low, high = np.percentile(np.median(ratios[draws], axis=1), [2.5, 97.5])
-    ratio = {"to": reference, "estimate": float(np.median(ratios)), "low": float(low), "high": float(high)}
-    return {"p50_s": float(np.median(seconds[name])), "ratio": ratio}
+    ratio = {"to": reference.name, "estimate": float(np.median(ratios)), "low": float(low), "high": float(high)}
+    return {"p50_s": float(np.median(seconds[arm.name])), "ratio": ratio}
 
 
 def table_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Return one flat row for each pooling and control, for a CSV file."""
     rows = []
     for name, pooling in report["poolings"].items():
-        row = {"name": name, "kind": "pooling", "head": pooling["head"], "num_seeds": len(pooling["seeds"])}
-        row |= _flat(pooling["metrics"])
+        row = {"name": name, "kind": "pooling"} | {field: pooling[field] for field in ("pooling", "stride", "head")}
+        row |= {"num_seeds": len(pooling["seeds"])} | _flat(pooling["metrics"])
         for reference, differences in report["differences"].items():
             row |= _flat(differences.get(name, {}), f"_minus_{reference}")
         step = pooling["step_time"]
@@ -155,9 +175,12 @@ def _flat(metrics: dict[str, Any], suffix: str = "") -> dict[str, float]:
 
 
 def format_table(report: dict[str, Any]) -> str:
-    """Return the report as Markdown: AMM against GAP first, then all poolings, the controls, and the differences."""
-    data, poolings = report["data"], report["poolings"]
-    lines = [f"# Ablation of the pooling, {report['config']['model.backbone']}, {data['image_size']} px", ""]
+    """Return the report as Markdown: AMM against GAP first, then all arms, the controls, and the differences."""
+    data, poolings, differences = report["data"], report["poolings"], report["differences"]
+    one_stride = len({own["stride"] for own in poolings.values()}) == 1
+    compared = "the pooling" if one_stride else "pooling and stride"
+    backbone = name_backbone(report["config"]) if one_stride else report["config"]["model.backbone"]
+    lines = [f"# Ablation of {compared}, {backbone}, {data['image_size']} px", ""]
     lines += [
         f"{data['description'].split(' [')[0]}. Test: {data['num_test_images']:,} images, {data['num_positives']:,} "
         f"positive, {data['num_patients']:,} patients; {data['num_boxed']:,} boxed positives of "
@@ -170,38 +193,48 @@ def format_table(report: dict[str, Any]) -> str:
         "the median of that within each round. Intervals are not corrected for the number of comparisons.",
         "",
     ]
-    if "gap" in report["differences"] and "amm" in poolings:
-        same = poolings["amm"]["head"] == poolings["gap"]["head"]
-        pooled = POOLED[poolings["gap"]["attended"]]
-        lines += [f"AMM minus GAP ({'the same ' if same else 'another '}{poolings['gap']['head']} head; {pooled}):", ""]
-        lines += _format_rows({"amm - gap": report["differences"]["gap"]["amm"]}) + [""]
-    titles = title_rows(poolings)
+    titles, columns = title_rows(poolings), report["metrics"]
+    for gap in (name for name, own in poolings.items() if own["pooling"] == "gap" and name in differences):
+        for amm in (name for name in differences[gap] if poolings[name]["pooling"] == "amm"):
+            same = "the same" if poolings[amm]["head"] == poolings[gap]["head"] else "another"
+            pooled = POOLED[poolings[gap]["attended"]]
+            lines += [f"AMM minus GAP ({same} {poolings[gap]['head']} head; {pooled}):", ""]
+            row = {f"{poolings[amm]['title']} - {poolings[gap]['title']}": differences[gap][amm]}
+            lines += _format_rows(columns, row) + [""]
     values = {titles[name]: pooling["metrics"] for name, pooling in poolings.items()}
     steps = {titles[name]: _format_step(pooling["step_time"]) for name, pooling in poolings.items()}
-    controls = {f"control: {name.replace('_', ' ')}": metrics for name, metrics in report["controls"].items()}
-    lines += _format_rows(values | controls, steps) + [""]
-    for reference, differences in report["differences"].items():
-        lines += [f"Difference to {reference}:", ""]
-        lines += _format_rows({f"{titles[name]} - {reference}": row for name, row in differences.items()}) + [""]
+    controls = {f"control: {title_control(name)}": metrics for name, metrics in report["controls"].items()}
+    lines += _format_rows(columns, values | controls, steps) + [""]
+    for reference, rows in differences.items():
+        title = poolings[reference]["title"]
+        lines += [f"Difference to {title}:", ""]
+        lines += _format_rows(columns, {f"{titles[name]} - {title}": row for name, row in rows.items()}) + [""]
     return "\n".join(lines)
 
 
+def title_control(name: str) -> str:
+    """Return the name of a control, for readers."""
+    return name.replace("_", " ").replace("-stride", ", stride ")
+
+
 def title_rows(poolings: dict[str, Any]) -> dict[str, str]:
-    """Return each pooling's name with what sets it apart besides the pooling."""
+    """Return each arm's title with what sets it apart besides pooling and stride."""
     some_normed = any(own["attended"] == "all_normalized" for own in poolings.values())
     titles = {}
     for name, own in poolings.items():
         apart = [] if own["head"] == "mlp" else [f"{own['head']} head"]
         apart += ["reads F"] if some_normed and own["attended"] != "all_normalized" else []
-        titles[name] = f"{name} ({', '.join(apart)})" if apart else name
+        titles[name] = f"{own['title']} ({', '.join(apart)})" if apart else own["title"]
     return titles
 
 
-def _format_rows(rows: dict[str, dict[str, Any]], steps: dict[str, str] | None = None) -> list[str]:
-    titles = ["", *TITLES.values(), *(["step"] if steps else [])]
+def _format_rows(
+    columns: dict[str, str], rows: dict[str, dict[str, Any]], steps: dict[str, str] | None = None
+) -> list[str]:
+    titles = ["", *columns.values(), *(["step"] if steps else [])]
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for name, metrics in rows.items():
-        cells = [name, *(_format(metrics.get(metric)) for metric in TITLES)]
+        cells = [name, *(_format(metrics.get(metric)) for metric in columns)]
         lines.append("| " + " | ".join([*cells, *([steps.get(name, "-")] if steps else [])]) + " |")
     return lines
 

@@ -21,6 +21,7 @@ from cxa_jax.measurements import (
     measure_inference,
     measure_steps,
 )
+from cxa_jax.model_names import name_backbone
 from cxa_jax.run import Run, create_run
 from cxa_jax.runtime import check_compute_type
 from cxa_jax.sharding import replicated
@@ -57,9 +58,8 @@ def _benchmark(config: ConfigDict, folder: pathlib.Path) -> dict[str, Any]:
     size, batch_size = config.data.image_size, config.train.batch_size
     # At least what fills a batch; a size that makes no sense is create_run's to refuse.
     run = create_run(config, make_fake_dataset(max(1, size), max(4, batch_size)))
-    log.info(
-        "%s, %s graph, batch %d, %d px", config.model.backbone, run.model.backbone.implementation, batch_size, size
-    )
+    name, graph = name_backbone(flatten_config(config)), run.model.backbone.implementation
+    log.info("%s, %s graph, batch %d, %d px", name, graph, batch_size, size)
     results, compiled, state = _start(run)
     with progress_bar(count_measured_images(run), "train step") as bar:
         state, measured = measure_steps(run, compiled, state, bar)

@@ -26,6 +26,8 @@ from cxa_jax.digests import digest_arrays, digest_json
 from cxa_jax.distributed import barrier, is_first
 from cxa_jax.errors import UserError
 from cxa_jax.interruption import held_back
+from cxa_jax.model_names import WHOLE, name_backbone
+from cxa_jax.models.strides import find_last_stride
 from cxa_jax.sharding import put
 from cxa_jax.train_state import TrainState
 
@@ -272,19 +274,34 @@ def read_first(read: Callable[[Checkpoints], T | None], *stores: Checkpoints) ->
     return None
 
 
-def load_backbone(workdir: pathlib.Path, backbone: str, abstract: TrainState) -> dict[str, PyTree]:
+def load_backbone(workdir: pathlib.Path, config: dict[str, Any], abstract: TrainState) -> dict[str, PyTree]:
     """Return the backbone's {'params', 'batch_stats'} of another run's best state.
 
+    Args:
+      workdir: of that run.
+      config: flat config of the run that takes them. A dilated network has the whole one's variables.
+      abstract: whose sharding the arrays get.
+
     Raises:
-      UserError: that run has no best state, or another backbone.
+      UserError: that run has no best state, or another backbone, or one that ends after another stage.
     """
     if not (workdir / "checkpoints" / "best").is_dir():
         raise UserError(f"config.init.run={workdir} is no workdir with a best state")
     with Checkpoints(workdir, "best", read_only=True) as best:
         meta = best.read_meta()
-        if meta is None or meta["config"]["model.backbone"] != backbone:
-            found = "no best state" if meta is None else meta["config"]["model.backbone"]
-            raise UserError(f"config.init.run={workdir} has {found}; wanted is the best state of a {backbone}")
+        found = None if meta is None else WHOLE | meta["config"]
+        if found is None or found["model.backbone"] != config["model.backbone"]:
+            seen = "no best state" if found is None else found["model.backbone"]
+            raise UserError(
+                f"config.init.run={workdir} has {seen}; wanted is the best state of a {config['model.backbone']}"
+            )
+        theirs, ours = (find_last_stride(flat["model.stride"], flat["model.stride_by"]) for flat in (found, config))
+        if theirs != ours:
+            raise UserError(
+                f"config.init.run={workdir} has a {name_backbone(found)}, whose stages end at stride {theirs}; "
+                f"{name_backbone(config)} ends at {ours}. Give both the same config.model.stride and stride_by; "
+                "dilated networks end at 32, as the whole one does"
+            )
         variables = best.restore_as_saved(abstract.step.sharding)
     log.info("backbone from %s, step %s", workdir, meta["progress"]["best_step"])
     return {kind: variables[kind]["backbone"] for kind in variables}

@@ -19,6 +19,9 @@ from cxa_jax.predictions import ATTRIBUTES, PredictionTable
 from cxa_jax.sharding import own_rows, put_batch
 
 
+MAPS = ("attention", "attention_logits", "weights", "evidence", "cam", "grad_cam")
+
+
 @dataclasses.dataclass(frozen=True)
 class Predictions:
     """What the network says of each image of a split.
@@ -52,7 +55,7 @@ class Predictions:
     @property
     def maps(self) -> dict[str, np.ndarray]:
         """The maps by name, [N, h, w] each, without those that say nothing: one value in every cell of every image."""
-        named = {name: getattr(self, name) for name in ("attention", "weights", "evidence", "cam", "grad_cam")}
+        named = {name: getattr(self, name) for name in MAPS}
         return {name: maps for name, maps in named.items() if maps is not None and np.ptp(maps) > 0}
 
     def to_table(self) -> PredictionTable:

@@ -13,8 +13,10 @@ from cxa_jax.atomic_files import replace_when_written
 from cxa_jax.data.pipeline import make_train_iterator
 from cxa_jax.evaluate import Predictions
 from cxa_jax.heat_maps import upsample_maps
+from cxa_jax.model_names import name_backbone
 from cxa_jax.run import Run
 from cxa_jax.steps import augment_batch
+from cxa_jax.workdir import flatten_config
 
 NUM_EACH = 2  # test images of each kind on a sheet
 PHANTOM_MARK = "chest phantom (drawings, not X-rays of patients)"
@@ -139,4 +141,4 @@ def _min_max(image: np.ndarray) -> np.ndarray:
 
 
 def _title(run: Run, text: str) -> str:
-    return f"{run.config.model.backbone} + {run.config.model.pooling}: {text}\n{run.dataset.title}"
+    return f"{name_backbone(flatten_config(run.config))} + {run.config.model.pooling}: {text}\n{run.dataset.title}"

@@ -5,7 +5,7 @@ All groups are resampled alike (same patients, same seed), so differences are pa
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,18 +120,19 @@ MEAN_KINDS = {
     "count": (make_count_interval, (0.0, math.inf)),
     "ratio": (make_interval, (0.0, math.inf)),
     "difference": (make_interval, (-1.0, 1.0)),  # of two shares
+    "ratio_difference": (make_interval, (-math.inf, math.inf)),
 }
 
 
 def bootstrap_group_means(
-    runs: Sequence[Mapping[str, ArrayLike]],
+    runs: Sequence[Mapping[Hashable, ArrayLike]],
     patients: ArrayLike,
-    kinds: Mapping[str, str],
+    kinds: Mapping[Hashable, str],
     *,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
     level: float = 0.95,
-) -> dict[str, Interval]:
+) -> dict[Hashable, Interval]:
     """Compute intervals of the mean over images of per-image values, and over the runs of a group.
 
     Args:

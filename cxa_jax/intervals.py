@@ -3,6 +3,7 @@
 Every rule is held to its level by simulation (tests/test_intervals.py, tests/test_statistics.py).
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -50,8 +51,7 @@ def make_interval(estimate: float, samples: np.ndarray, level: float, num_patien
     """
     if not 0 < level < 1:
         raise UserError(f"level is {level}; needed is a number between 0 and 1, such as 0.95")
-    n = max(num_patients, 2)
-    tail = 100 * stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf((1 + level) / 2, n - 1))
+    tail = _expanded_tail(level, num_patients)
     defined = samples[np.isfinite(samples)]
     known = len(defined) and num_patients > 1  # of a single patient nothing can be resampled
     low, high = np.percentile(defined, [tail, 100 - tail]) if known else (math.nan, math.nan)
@@ -176,6 +176,13 @@ def _variance(samples: np.ndarray, num_patients: int) -> float:
     return n / (n - 1) * float(np.nanvar(samples, ddof=1))
 
 
+@functools.cache  # a table of maps asks thousands of times for the same few
+def _expanded_tail(level: float, num_patients: int) -> float:
+    n = max(num_patients, 2)
+    return float(100 * stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf((1 + level) / 2, n - 1)))
+
+
+@functools.cache
 def _t_quantile(level: float, num_patients: int) -> float:
     return float(stats.t.ppf((1 + level) / 2, max(num_patients, 2) - 1))
 

@@ -4,6 +4,7 @@ Protocol: map [h, w] -> aligned bilinear upsampling -> scaling -> threshold -> 8
 boxes (`cxa_jax.heat_maps`) -> comparison with the one true box. No threshold is fitted to the true boxes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -21,12 +22,32 @@ from cxa_jax.boxes import (
 )
 from cxa_jax.errors import UserError
 from cxa_jax.group_statistics import bootstrap_group_means
-from cxa_jax.heat_maps import compute_cell_centers, detect_boxes, height_and_width, scale_map, upsample_maps
+from cxa_jax.heat_maps import (
+    Rule,
+    compute_cell_centers,
+    detect_boxes,
+    height_and_width,
+    make_rule,
+    scale_map,
+    upsample_maps,
+)
 from cxa_jax.intervals import Interval
 from cxa_jax.statistics import NUM_RESAMPLES
 
 IOU_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 IOBB_THRESHOLDS = (0.1, 0.25, 0.5, 0.75, 0.9)
+
+
+@dataclass(frozen=True)
+class BoxedImages:
+    """The positives of a split that have a true box: rows [N], boxes [N, 4] in px, hearts [N, H, W] or None.
+
+    On phantoms the boxes are the hearts', and negatives have them too; they are left out as in NIH's list.
+    """
+
+    rows: np.ndarray
+    boxes: np.ndarray
+    hearts: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -40,7 +61,8 @@ class LocalizationScores:
         iou: [N] best IoU over the detected boxes.
         iobb: [N] best IoBB over the detected boxes.
         false_positives: [N, 5] detected boxes whose IoBB does not exceed each of `IOBB_THRESHOLDS`.
-        pointing: [N] 1 where the strongest cell's centre lies in the box; a share where several cells are strongest.
+        pointing: [N] 1 where the strongest cell's centre lies in the box; a share where several cells are strongest;
+            of the rule 'mass', and of boxes that are given, where the found box's centre does.
         energy_ratio: [N] share of the map's sum inside the box over the box's share of the image; 1 is chance;
             nan for a map of zeros.
         heart_energy_ratio: [N] the same for a heart mask; nan without one.
@@ -89,11 +111,28 @@ def score_maps(
     image_size: int | tuple[int, int],
     stride: float,
     offset: float,
-    rule: str | float,
+    rule: Rule | str | float,
     *,
     scaling: str = "min_max",
     heart_masks: ArrayLike | None = None,
 ) -> LocalizationScores:
+    """Score maps against one true box each under one rule; arguments as of `score_maps_by_rules`."""
+    options = {"scaling": scaling, "heart_masks": heart_masks}
+    return score_maps_by_rules(maps, boxes, patients, image_size, stride, offset, [rule], **options)[0]
+
+
+def score_maps_by_rules(
+    maps: ArrayLike,
+    boxes: ArrayLike,
+    patients: ArrayLike,
+    image_size: int | tuple[int, int],
+    stride: float,
+    offset: float,
+    rules: Sequence[Rule | str | float],
+    *,
+    scaling: str = "min_max",
+    heart_masks: ArrayLike | None = None,
+) -> list[LocalizationScores]:
     """Score maps against one true box each; images are taken one by one, so memory does not grow with N.
 
     Args:
@@ -103,15 +142,19 @@ def score_maps(
         image_size: (H, W) or the side of a square, px, of that image.
         stride: px between cells.
         offset: px of cell 0's centre.
-        rule: threshold rule, see `threshold_map`.
-        scaling: see `scale_map`; W needs 'unit', signed evidence 'positive'.
+        rules: threshold rules, see `heat_maps.Rule`; one with a scaling of its own has it for its boxes alone.
+        scaling: see `scale_map`; W needs 'unit', signed evidence 'positive' or 'absolute'.
         heart_masks: [N, H, W], non-zero on the heart (phantom); adds heart_energy_ratio.
 
+    Returns:
+        Scores under each rule; energy is the same in all, and pointing but for 'mass', whose box points at its centre.
+
     Raises:
-        UserError: maps, boxes, patients or masks that do not fit together, a map with nan, a box outside the image.
+        UserError: maps, boxes, patients or masks that do not fit together, a map with nan, a box outside the image, an
+            unknown rule or scaling.
     """
     maps, patients = np.asarray(maps, np.float64), np.asarray(patients)
-    height, width = height_and_width(image_size)
+    rules, (height, width) = [make_rule(rule) for rule in rules], height_and_width(image_size)
     boxes = check_boxes(boxes, height, width)
     if maps.ndim != 3 or not len(maps) == len(boxes) == len(patients):
         raise UserError(
@@ -122,16 +165,29 @@ def score_maps(
     broken = ~np.isfinite(maps).all(axis=(1, 2))
     if broken.any():
         raise UserError(f"maps[{int(np.argmax(broken))}] holds nan or infinity ({int(broken.sum())} of {len(maps)} do)")
-    rows = []
+    rows = [[] for _ in rules]
     for index, (cells, box) in enumerate(zip(maps, boxes, strict=True)):
-        values = scale_map(upsample_maps(cells, (height, width), stride, offset), scaling)
-        row = _score_detections(detect_boxes(values, rule), box)
-        row["pointing"] = compute_pointing(cells, box, stride, offset) if values.max() > 0 else 0.0
-        row["energy_ratio"] = compute_energy_ratio(values, compute_coverage(box, height, width))
+        upsampled = upsample_maps(cells, (height, width), stride, offset)
+        values = scale_map(upsampled, scaling)
+        strength = np.abs(cells) if scaling == "absolute" else cells
+        same = {
+            "pointing": compute_pointing(strength, box, stride, offset) if values.max() > 0 else 0.0,
+            "energy_ratio": compute_energy_ratio(values, compute_coverage(box, height, width)),
+        }
         if heart_masks is not None:
-            row["heart_energy_ratio"] = compute_energy_ratio(values, np.asarray(heart_masks[index]) != 0)
-        rows.append(row)
-    return _stack_rows(rows, patients)
+            same["heart_energy_ratio"] = compute_energy_ratio(values, np.asarray(heart_masks[index]) != 0)
+        for rule, scored in zip(rules, rows, strict=True):
+            cut = values if rule.scaling in (None, scaling) else scale_map(upsampled, rule.scaling)
+            found = detect_boxes(cut, rule)
+            scored.append(_score_detections(found, box) | same)
+            if rule.kind == "mass":  # which asks where the weight lies, not the peak
+                scored[-1]["pointing"] = float(_points_into(box, found))
+    return [_stack_rows(scored, patients) for scored in rows]
+
+
+def _points_into(box: np.ndarray, found: np.ndarray) -> bool:
+    """Tell whether the first of the boxes found [K, 4] has its centre in the true one; no box points nowhere."""
+    return len(found) > 0 and bool(contains(box, *(found[0, :2] + found[0, 2:] / 2)))
 
 
 def _score_detections(detected: np.ndarray, box: np.ndarray) -> dict[str, np.ndarray | float]:
@@ -163,7 +219,7 @@ def score_boxes(predicted: ArrayLike, boxes: ArrayLike, patients: ArrayLike) -> 
     rows = []
     for guess, box in zip(np.asarray(predicted, np.float64), np.asarray(boxes, np.float64), strict=True):
         row = _score_detections(guess[None], box)
-        row["pointing"] = float(contains(box, guess[0] + guess[2] / 2, guess[1] + guess[3] / 2))
+        row["pointing"] = float(_points_into(box, guess[None]))
         if not np.isfinite(guess).all():
             row = {name: np.full_like(value, np.nan) for name, value in row.items()}
         rows.append(row)
@@ -177,7 +233,7 @@ def score_controls(
     map_size: tuple[int, int],
     stride: float,
     offset: float,
-    rule: str | float,
+    rule: Rule | str | float,
     *,
     scaling: str = "min_max",
     seed: int | np.random.Generator = 0,

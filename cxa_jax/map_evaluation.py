@@ -1,42 +1,66 @@
 """Score a run's maps on the boxed positives of a split, beside controls that saw no image or learnt nothing."""
 
 import dataclasses
-import logging
+from typing import Any
 
-import jax
 import numpy as np
 
+from cxa_jax.box_reader import BoxReader, score_readers
 from cxa_jax.data.datasets import Split
-from cxa_jax.evaluate import Predictions, evaluate_split
-from cxa_jax.heat_maps import RULES
-from cxa_jax.localization import score_controls, score_maps
-from cxa_jax.localization_table import RANDOM_WEIGHTS, TUNED, LocalizationTable, find_leading_map
+from cxa_jax.evaluate import Predictions
+from cxa_jax.heat_maps import RULES, Rule
+from cxa_jax.intervals import Interval
+from cxa_jax.localization import BoxedImages, LocalizationScores, score_controls, score_maps_by_rules
+from cxa_jax.localization_table import (
+    ANSWERING,
+    MEAN_MAP,
+    RANDOM_WEIGHTS,
+    SHUFFLED,
+    TUNED,
+    LocalizationTable,
+    find_leading_map,
+    is_control,
+    split_control,
+)
+from cxa_jax.map_controls import collect_thumbnails, draw_donors, predict_with_random_weights
+from cxa_jax.map_rules import MapRules
 from cxa_jax.run import Run
-from cxa_jax.sharding import put_replicated
-from cxa_jax.steps import CONTROL
+from cxa_jax.scored_maps import MAP_KINDS, THUMBNAIL, derive_maps
+from cxa_jax.threshold_free import (
+    compute_best_overlaps,
+    count_pixels,
+    find_level_boxes,
+    summarize_threshold_free,
+)
 
-log = logging.getLogger(__name__)
-
-# W stands on its fixed scale; signed maps are cut at 0; p is stretched (`scale_map`).
-SCALINGS = {"attention": "unit", "weights": "min_max"} | dict.fromkeys(("evidence", "cam", "grad_cam"), "positive")
-DEFAULT_LEVEL = 0.5  # of the random map, where the run's leading map has no tuned level
+DEFAULT_RULE = Rule("level", 0.5)  # of the random map, where the run's leading map has no tuned rule
 PROTOCOL = (
     "map -> aligned bilinear upsampling -> scaling (W fixed 0-1, p min-max, signed maps cut at 0 and divided by their "
-    "maximum) -> threshold -> 8-connected components (all for 60 and 180, else the largest) -> tight box; an empty map "
-    "is a miss; no threshold is fitted to the boxes. Grad-CAM and evidence hold the attention fixed"
+    "maximum, or by magnitude) -> threshold -> 8-connected components (all for 60 and 180, else the largest; a tuned "
+    "rule says which) -> tight box, or by shares of the map's mass the box beyond whose edges they lie; an empty map, "
+    "or one of one value everywhere, is a miss; no threshold is fitted to the boxes. Grad-CAM and evidence hold the "
+    "attention fixed"
+)
+THRESHOLD_FREE_PROTOCOL = (
+    "MaxBoxAccV2 (arXiv 2007.04178): share of images with a component whose box reaches an IoU, at the level that is "
+    "best on these very images, mean over IoU .3, .5, .7. PxAP: precision over recall of all images' pixels against "
+    "the hearts' masks; chance is their share of the pixels"
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class BoxedImages:
-    """The positives of a split that have a true box: rows [N], boxes [N, 4] in px, hearts [N, H, W] or None.
+class Localization:
+    """What the boxes say of a run's maps.
 
-    On phantoms the boxes are the hearts', and negatives have them too; they are left out as in NIH's list.
+    Attributes:
+      table: scores of each image under each rule.
+      threshold_free: map -> metric -> interval.
+      rules: tuned on phantoms, or None.
     """
 
-    rows: np.ndarray
-    boxes: np.ndarray
-    hearts: np.ndarray | None
+    table: LocalizationTable
+    threshold_free: dict[str, dict[str, Interval]]
+    rules: MapRules | None
 
 
 def find_boxed_images(split: Split) -> BoxedImages:
@@ -54,67 +78,123 @@ def find_boxed_images(split: Split) -> BoxedImages:
 
 
 def evaluate_maps(
-    run: Run, predictions: Predictions, boxed: BoxedImages, threshold: float, levels: dict[str, float] | None = None
-) -> LocalizationTable | None:
+    run: Run,
+    predictions: Predictions,
+    boxed: BoxedImages,
+    threshold: float,
+    rules: MapRules | None = None,
+    mean_maps: dict[str, np.ndarray] | None = None,
+    readers: dict[str, BoxReader] | None = None,
+) -> Localization | None:
     """Score every map of the boxed images under every rule, and the controls; None without any box.
 
     Args:
       predictions: of the split whose boxes they are.
       threshold: of a predicted positive, chosen on dev.
-      levels: by map, tuned on phantoms (`map_levels`): one more rule for the maps that have one.
+      rules: tuned on phantoms: one more rule for the maps that have one.
+      mean_maps: `map_controls.average_training_maps`.
+      readers: of boxes, fitted on phantoms (`phantom_readers`): one more rule, of readers by name.
     """
     if not len(boxed.rows):
         return None
-    rows, size = boxed.rows, run.dataset.image_size
-    patients = predictions.index["patient"][rows]
+    patients = predictions.index["patient"][boxed.rows]
+    maps = collect_maps(run, predictions, boxed, mean_maps)
+    called = predictions.score[boxed.rows] >= threshold
+    scores = _score_by_rules(run, predictions.attention.shape[1:], boxed, patients, maps, rules)
+    if readers:
+        scores |= score_readers(readers, maps, boxed.boxes, patients, run.dataset.image_size)
+    table = LocalizationTable(np.asarray(predictions.index["id"])[boxed.rows], called, scores)
+    chance = np.random.default_rng(run.config.seed).random((len(boxed.rows), *predictions.attention.shape[1:]))
+    free = _score_without_threshold(run, boxed, patients, maps | {"random_map": chance})
+    return Localization(table, free, rules)
+
+
+def collect_maps(
+    run: Run, predictions: Predictions, boxed: BoxedImages, mean_maps: dict[str, np.ndarray] | None
+) -> dict[str, np.ndarray]:
+    """Return the maps of the boxed images by name, [K, h, w] each, and those of their controls.
+
+    The shuffled map of an image is that of another patient's positive, drawn once from the run's seed.
+    """
+    rows = boxed.rows
+    own = {name: values[rows] for name, values in derive_maps(predictions.maps).items()}
+    untrained = predict_with_random_weights(run, predictions.split, rows)
+    donors = draw_donors(predictions.index["patient"][rows], run.config.seed)
+    maps = dict(own)
+    for name, values in own.items():
+        if name in untrained:
+            maps[f"{RANDOM_WEIGHTS}_{name}"] = untrained[name]
+        if mean_maps and name in mean_maps:
+            maps[f"{MEAN_MAP}_{name}"] = np.broadcast_to(mean_maps[name], values.shape)
+        if donors is not None:
+            maps[f"{SHUFFLED}_{name}"] = values[donors]
+    return maps | {THUMBNAIL: collect_thumbnails(run, predictions, rows)}
+
+
+def _score_by_rules(
+    run: Run,
+    map_size: tuple[int, int],
+    boxed: BoxedImages,
+    patients: np.ndarray,
+    maps: dict[str, np.ndarray],
+    tuned: MapRules | None,
+) -> dict[tuple[str, str], LocalizationScores]:
+    place = (boxed.boxes, patients, run.dataset.image_size)
     geometry = {"stride": run.model.backbone.stride, "offset": run.model.backbone.offset}
-    maps = {name: values[rows] for name, values in predictions.maps.items()}
-    scalings = {name: SCALINGS[name] for name in maps}
-    for name, values in _predict_with_random_weights(run, predictions.split, rows).items():
-        if name in maps:
-            maps[RANDOM_WEIGHTS + name], scalings[RANDOM_WEIGHTS + name] = values, SCALINGS[name]
     scores = {}
-    for rule in (*RULES, TUNED) if levels else RULES:
-        for name, values in maps.items():
-            level = levels and levels.get(name.removeprefix(RANDOM_WEIGHTS))
-            if rule != TUNED or level:
-                scores[name, rule] = score_maps(
-                    values,
-                    boxed.boxes,
-                    patients,
-                    size,
-                    scaling=scalings[name],
-                    heart_masks=boxed.hearts,
-                    rule=level if rule == TUNED else rule,
-                    **geometry,
-                )
-        leading = find_leading_map(maps)  # the random map is taken as it is
-        level = levels.get(leading, DEFAULT_LEVEL) if rule == TUNED else rule
-        map_size = predictions.attention.shape[1:]
-        options = geometry | {"seed": run.config.seed, "rule": level, "scaling": scalings.get(leading, "unit")}
-        controls = score_controls(boxed.boxes, patients, size, map_size, **options)
-        scores |= {(name, rule): values for name, values in controls.items()}
-    called = predictions.score[rows] >= threshold
-    return LocalizationTable(np.asarray(predictions.index["id"])[rows], called, scores)
+    for name, values in maps.items():
+        rules = dict(zip(RULES, RULES, strict=True)) | _tuned_rule(name, tuned)
+        if is_control(name):  # for what answers alone, or most of the time would go into them
+            rules = {rule: cut for rule, cut in rules.items() if rule in ANSWERING}
+        options = geometry | {"scaling": _scaling_of(name), "heart_masks": boxed.hearts}
+        found = score_maps_by_rules(values, *place, rules=list(rules.values()), **options)
+        scores |= {(name, rule): each for rule, each in zip(rules, found, strict=True)}
+    leading = find_leading_map(maps)  # the random map is taken as it is
+    rules = dict(zip(RULES, RULES, strict=True))
+    if tuned:
+        rules |= {TUNED: DEFAULT_RULE} | _tuned_rule(leading or "", tuned)
+    for name, rule in rules.items():
+        options = geometry | {"rule": rule, "scaling": _scaling_of(leading) if leading else "unit"}
+        controls = score_controls(*place, map_size, seed=run.config.seed, **options)
+        scores |= {(control, name): values for control, values in controls.items()}
+    return dict(sorted(scores.items(), key=lambda item: list(rules).index(item[0][1])))  # by rule, as tables are
 
 
-def _predict_with_random_weights(run: Run, split_name: str, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the maps of a freshly initialised network: what architecture and position alone put into them."""
-    split = run.dataset.splits[split_name]
-    index = {name: values[rows] for name, values in split.index.items()}
-    subset = Split(split.name, [split.source[int(row)] for row in rows], index)
-    key = jax.random.fold_in(run.root_key, CONTROL)
-    state = run.draw_state(key)
-    predicted = evaluate_split(
-        run.test_step,
-        put_replicated(state.variables, run.mesh),
-        subset,
-        run.mesh,
-        batch_size=run.config.eval.batch_size,
-        num_threads=0,
-        show_progress=False,
-    )
-    finite = {name: maps for name, maps in predicted.maps.items() if np.isfinite(maps).all()}
-    if len(finite) < len(predicted.maps):
-        log.warning("the freshly initialised network overflows: its maps are left out of the controls")
-    return finite
+def _tuned_rule(name: str, tuned: MapRules | None) -> dict[str, Rule]:
+    of_map = split_control(name)[1]
+    return {TUNED: tuned.rules[of_map]} if tuned and of_map in tuned.rules else {}
+
+
+def _scaling_of(name: str) -> str:
+    return MAP_KINDS[split_control(name)[1]].scaling
+
+
+def _score_without_threshold(
+    run: Run, boxed: BoxedImages, patients: np.ndarray, maps: dict[str, np.ndarray]
+) -> dict[str, dict[str, Interval]]:
+    geometry = (run.dataset.image_size, run.model.backbone.stride, run.model.backbone.offset)
+    options = {"num_resamples": run.config.eval.num_bootstrap, "seed": run.config.seed}
+    found, scores = {}, {}
+    for name, values in maps.items():
+        control, of_map = split_control(name)
+        scaling = "unit" if name == "random_map" else _scaling_of(name)
+        if control == SHUFFLED:  # boxes move with their maps
+            found[name] = [found[of_map][donor] for donor in draw_donors(patients, run.config.seed)]
+        elif control == MEAN_MAP:
+            found[name] = find_level_boxes(values[:1], *geometry, scaling=scaling) * len(values)
+        else:
+            found[name] = find_level_boxes(values, *geometry, scaling=scaling)
+        overlaps = compute_best_overlaps(found[name], boxed.boxes)
+        pixels = None if boxed.hearts is None else count_pixels(values, boxed.hearts, *geometry, scaling=scaling)
+        scores[name] = summarize_threshold_free(overlaps, pixels, patients, **options)
+    return scores
+
+
+def describe_threshold_free(scores: dict[str, dict[str, Interval]]) -> dict[str, dict[str, Any]]:
+    """Return what metrics.json holds of the scores without a threshold: map -> metric -> {estimate, low, high}."""
+    return {
+        name: {
+            metric: {end: getattr(value, end) for end in ("estimate", "low", "high")} for metric, value in row.items()
+        }
+        for name, row in scores.items()
+    }

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from cxa_jax import figures
 from cxa_jax.array_types import PyTree
+from cxa_jax.box_reader import BoxReader, save_readers
 from cxa_jax.checkpointing import Checkpoints, read_first
 from cxa_jax.classification import FIXED_THRESHOLD
 from cxa_jax.data.input_statistics import compute_input_statistics, save_input_statistics
@@ -16,11 +17,13 @@ from cxa_jax.distributed import stop_if_agreed, stopping_together, writable
 from cxa_jax.errors import UserError
 from cxa_jax.evaluate import Predictions, evaluate_split
 from cxa_jax.finding_metrics import write_findings
-from cxa_jax.localization_table import LocalizationTable, write_localization
-from cxa_jax.map_evaluation import evaluate_maps, find_boxed_images
-from cxa_jax.map_levels import MapLevels, find_levels, tune_levels
+from cxa_jax.localization_table import write_localization
+from cxa_jax.map_controls import average_training_maps
+from cxa_jax.map_evaluation import Localization, evaluate_maps, find_boxed_images
+from cxa_jax.map_rules import MapRules, find_rules, tune_rules
 from cxa_jax.metrics import compute_youden_threshold
 from cxa_jax.moments import fit_moments
+from cxa_jax.phantom_readers import READERS_FILE, describe_readers, find_readers, fit_phantom_readers
 from cxa_jax.predictions import PredictionTable, read_predictions, write_predictions
 from cxa_jax.results import DEV_FILE, name_other_dev
 from cxa_jax.run import Run, create_run, log_run
@@ -84,18 +87,20 @@ def write_outputs(run: Run, folder: pathlib.Path, output: pathlib.Path) -> dict[
     variables, meta = restore_best(run, folder)
     if run.dataset.image_size != meta["config"]["data.image_size"]:
         variables = fit_to_size(run, variables, meta["progress"]["epoch"] - 1)
-    dev, dev_name, tuned = predict_dev(run, variables, folder, output, meta["config"]["data.image_size"])
+    dev, dev_name, tuned, fitted = predict_dev(run, variables, folder, output, meta["config"]["data.image_size"])
     test = predict_split(run, variables, "test", output)
-    levels = find_levels(run, tuned)
-    boxes = save_localization(run, dev, test, output, levels)
+    readers = find_readers(run, test, fitted)
+    boxes = save_localization(run, variables, dev, test, output, find_rules(run, tuned), readers)
+    if fitted:
+        save_readers(output / READERS_FILE, fitted)
     if test.finding_logits is not None:
         write_findings(test, run.config.eval.num_bootstrap, run.config.seed, output)
     if output == folder:  # at the training size: what foreign images are compared with
         statistics = compute_input_statistics(run.dataset.splits["train"], run.dataset.fingerprint)
         save_input_statistics(statistics, folder)
     report = {"checkpoint": _describe_checkpoint(meta)}
-    report |= compute_run_metrics(run, dev, test.to_table(), boxes, levels, dev_name)
-    report["phantom_tuned_levels"] = tuned
+    report |= compute_run_metrics(run, dev, test.to_table(), boxes, dev_name)
+    report |= {"phantom_tuned_rules": tuned, "phantom_readers": describe_readers(readers)}
     now = {field: value for field, value in flatten_config(run.config).items() if field.startswith("eval.")}
     report |= {"config": meta["config"] | now, "environment": describe_environment()}
     write_atomically(output / "metrics.json", to_json(report))
@@ -134,8 +139,8 @@ def fit_to_size(run: Run, variables: dict[str, PyTree], epoch: int) -> dict[str,
 
 def predict_dev(
     run: Run, variables: dict[str, PyTree], folder: pathlib.Path, output: pathlib.Path, image_size: int
-) -> tuple[PredictionTable, str, dict[str, Any] | None]:
-    """Predict dev; return its table, what it is in words, and the map levels tuned on it.
+) -> tuple[PredictionTable, str, dict[str, Any] | None, dict[str, BoxReader] | None]:
+    """Predict dev; return its table, what it is in words, and the maps' rules and readers fitted on it.
 
     Where the data of another test size have other dev images than the run had, as a few originals have, the run's own
     predictions at its training size stand in: a threshold wants the dev images that there are.
@@ -150,26 +155,35 @@ def predict_dev(
                 run.dataset.image_size, len(split.index["id"]), len(table), image_size,
             )  # fmt: skip
             (output / DEV_FILE).unlink(missing_ok=True)
-            return table, name_other_dev(image_size), None
+            return table, name_other_dev(image_size), None, None
     predictions = predict_split(run, variables, "dev", output)
-    return predictions.to_table(), "dev", tune_levels(run, predictions, find_boxed_images(split))
+    boxed = find_boxed_images(split)
+    fitted = tune_rules(run, predictions, boxed), fit_phantom_readers(run, predictions, boxed)
+    return predictions.to_table(), "dev", *fitted
 
 
 def save_localization(
-    run: Run, dev: PredictionTable, test: Predictions, output: pathlib.Path, levels: MapLevels | None = None
-) -> LocalizationTable | None:
+    run: Run,
+    variables: dict[str, PyTree],
+    dev: PredictionTable,
+    test: Predictions,
+    output: pathlib.Path,
+    rules: MapRules | None = None,
+    readers: dict[str, BoxReader] | None = None,
+) -> Localization | None:
     """Score the maps against the boxes, and write localization_test.csv and maps_test.npz."""
     split, backbone = run.dataset.splits[test.split], run.model.backbone
     boxed = find_boxed_images(split)
     threshold = compute_youden_threshold(dev.label, dev.score)
     if not np.isfinite(threshold):  # dev has one class
         threshold = FIXED_THRESHOLD
-    table = evaluate_maps(run, test, boxed, threshold, levels and levels.levels)
-    if table is not None:
-        write_localization(output / "localization_test.csv", table)
+    mean_maps = average_training_maps(run, variables) if len(boxed.rows) else None
+    found = evaluate_maps(run, test, boxed, threshold, rules, mean_maps, readers)
+    if found is not None:
+        write_localization(output / "localization_test.csv", found.table)
     rows = choose_rows(test, boxed.rows)
     save_maps(output / "maps_test.npz", test, split, rows, backbone.stride, backbone.offset)
-    return table
+    return found
 
 
 def restore_best(run: Run, folder: pathlib.Path) -> tuple[dict[str, PyTree], dict[str, Any]]:

@@ -17,12 +17,6 @@ from cxa_jax.prevalence import NUM_TEST_NEGATIVES, NUM_TEST_POSITIVES, TABLE_4
 
 HALF_UNIT = 0.005  # of two printed decimals
 NUM_DRAWS = 20_000
-BACKBONE_NAMES = {
-    "densenet121": ("Dense121", "DenseNet121"),
-    "densenet201": ("Dense201", "DenseNet201"),
-    "resnet50": ("Res50", "ResNet50"),
-    "inception_resnet_v2": ("IncepRes2", "InceptionRes2"),
-}
 
 
 @dataclass(frozen=True)
@@ -45,14 +39,6 @@ TABLE_5 = {
     "DenseNet121-GAP": AverageRow(0.84, 0.68, 0.71, 0.85),
     "CXA_Dense121": AverageRow(0.87, 0.85, 0.86, 0.89),
 }
-
-
-def name_model(backbone: str, pooling: str, head: str) -> str:
-    """Return the paper's name of a model where it has one (Fig. 2b, Table 5), else backbone-pooling-head."""
-    short, long = BACKBONE_NAMES.get(backbone, (backbone, backbone))
-    if (pooling, head) == ("amm", "mlp"):
-        return f"CXA_{short}"
-    return f"{long}-GAP" if (pooling, head) == ("gap", "linear") else f"{long}-{pooling}-{head}"
 
 
 def compute_hanley_mcneil_interval(

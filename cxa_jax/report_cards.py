@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from cxa_jax.localization_table import GAIN, find_leading_map, is_control
-from cxa_jax.report_localization import name_map
+from cxa_jax.localization_table import find_answering_rule, is_control
+from cxa_jax.map_verdict import CONTROL_TITLES, MORAL, judge
+from cxa_jax.report_localization import RULE_NAMES, name_map
 from cxa_jax.report_tables import describe_difference, format_interval, format_number, format_p
 from cxa_jax.strata import MIN_PATIENTS
 
@@ -64,20 +65,22 @@ def _where(groups: list[dict[str, Any]]) -> Card:
     if group is None:
         return Card("Where does it look?", "unknown: no run with maps of test images that have a box", [])
     part = group["localization"]["all_boxed"]
-    maps = part["rules"]["half_max"]
-    name = find_leading_map(maps)
-    if name is None:
+    rule = find_answering_rule(part["rules"])
+    if rule is None:
         return Card("Where does it look?", "it has no map", [])
-    gain, control = maps[name].get(GAIN), maps.get("median_box", {}).get("mean_iou")
-    if gain is None or control is None or part["num_patients"] < MIN_PATIENTS:
+    verdict, maps = judge(part["rules"]), part["rules"][rule]
+    if verdict is None or part["num_patients"] < MIN_PATIENTS:
         return Card("Where does it look?", f"unknown: boxes of {part['num_patients']} patients are too few", [])
-    verdict = {"higher": "better than", "lower": "worse than"}.get(describe_difference(gain), "no better than")
-    answer = f"{name_map(name)} overlaps {verdict} a box that sees no image"
+    metrics = verdict.metrics
     lines = [
-        f"{group['name']}, {part['num_images'][0]} boxed positives of {part['num_patients']} patients, mean IoU "
-        f"{format_interval(maps[name]['mean_iou'])}; median box of other patients {format_interval(control)}; "
-        f"difference, paired {format_interval(gain)}"
+        f"{group['name']}, {part['num_images'][0]} boxed positives of {part['num_patients']} patients, boxes by "
+        f"{RULE_NAMES[rule]}: {verdict.title} has pointing {format_interval(metrics['pointing'])}, mean IoU "
+        f"{format_interval(metrics['mean_iou'])}; paired differences:"
     ]
+    for control, (iou, pointing) in verdict.gains.items():
+        aims = f", pointing {format_interval(pointing)}" if pointing else ""
+        lines.append(f"less {CONTROL_TITLES[control]}: mean IoU {format_interval(iou)}{aims}")
+    lines.append(MORAL)
     for key, values in maps.items():
         if is_control(key):
             continue
@@ -87,7 +90,7 @@ def _where(groups: list[dict[str, Any]]) -> Card:
         lines.append(f"{name_map(key)}: {numbers}")
     if "image_centre" in maps:
         lines.append(f"image centre, control: pointing {format_interval(maps['image_centre']['pointing'], 2)}")
-    return Card("Where does it look?", answer, lines)
+    return Card("Where does it look?", verdict.answer, lines)
 
 
 def _what_went_wrong(best: dict[str, Any]) -> Card:

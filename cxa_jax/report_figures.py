@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 
 from cxa_jax.figures import PHANTOM_MARK
 from cxa_jax.localization import IOU_THRESHOLDS
-from cxa_jax.localization_table import is_control
+from cxa_jax.localization_table import find_answering_rule, is_control
 from cxa_jax.metrics import compute_roc_curve
-from cxa_jax.report_localization import name_map
+from cxa_jax.report_localization import RULE_NAMES, name_map
 from cxa_jax.report_numbers import Group
 from cxa_jax.statistics import resample_patients
 
@@ -199,17 +199,20 @@ def draw_overlap(report: dict[str, Any], phantom: bool) -> Picture | None:
         return None
     figure, panels = create_panels(len(groups), 3, (4.2, 4.7), (0.6, 0.2), phantom)
     for axes, group in zip(panels, groups, strict=True):
-        maps = group["localization"]["all_boxed"]["rules"]["half_max"]
+        rules = group["localization"]["all_boxed"]["rules"]
+        rule = find_answering_rule(rules) or "half_max"  # without a map: the controls
+        maps = rules[rule]
         for index, name in enumerate(name for name in maps if not is_control(name)):
             _plot_accuracy(axes, maps[name], label=name_map(name), marker="osD^v"[index % 5], **style_of(index))
         for name, line in (("median_box", "-"), ("random_map", ":"), ("grid_box", "-.")):
             if name in maps:  # files of older versions lack some
                 _plot_accuracy(axes, maps[name], label=name_map(name).split(" of ")[0], color="black", linestyle=line)
         axes.set(xlabel="IoU above", ylabel="share of boxed positives", ylim=(-0.02, 1.02))
-        axes.set_title(f"{group['name']}, n {group['localization']['all_boxed']['num_images'][0]}", fontsize=9)
+        num_images = group["localization"]["all_boxed"]["num_images"][0]
+        axes.set_title(f"{group['name']}, n {num_images}\n{RULE_NAMES[rule]}", fontsize=9)
         # Below: everywhere within, some line would be hidden.
         axes.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    caption = "Boxes at half the maximum, largest component. The black line saw no image: the others' median box."
+    caption = "Boxes by the rule that answers for each model. The black line saw no image: the others' median box."
     return Picture("overlap", "Overlap with the true boxes", caption, figure)
 
 

@@ -21,7 +21,7 @@ from cxa_jax.comparison import PairedTest
 from cxa_jax.errors import UserError
 from cxa_jax.group_statistics import GroupStatistic, bootstrap_group, compare_groups, compute_group_delong
 from cxa_jax.localization_table import summarize_tables
-from cxa_jax.paper_tables import name_model
+from cxa_jax.model_names import name_run
 from cxa_jax.results import Result
 from cxa_jax.statistics import NUM_RESAMPLES
 from cxa_jax.strata import find_strata
@@ -31,6 +31,8 @@ THRESHOLD_STATISTICS = (
     "accuracy", "precision", "recall", "f1", "specificity", "npv", "precision_negative", "recall_negative",
     "f1_negative", "precision_weighted", "recall_weighted", "f1_weighted",
 )  # fmt: skip
+
+UNNAMED_FIELDS = tuple(f"model.{field}" for field in ("attended", "attention_bound", "batch_norm_momentum", "dropout"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +92,7 @@ def _group_names(groups: list[list[Result]]) -> list[str]:
     names = []
     for members in groups:
         config = members[0].config
-        names.append(
-            name_model(*(config[f"model.{field}"] for field in ("backbone", "pooling", "head")))
-            if config
-            else members[0].name
-        )
+        names.append(name_run(config) if config else members[0].name)
     sizes = {members[0].metrics["image_size"] for members in groups if members[0].metrics}
     full = []
     for name, members in zip(names, groups, strict=True):
@@ -114,7 +112,7 @@ def _differences(result: Result, groups: list[list[Result]]) -> str:
     for members in groups:
         other = {name: value for name, value in members[0].config.items() if name != "seed"}
         fields |= {change.split(":")[0].removeprefix("config.") for change in describe_changes(other, own)}
-    varied = [f for f in sorted(fields) if not f.startswith("model.") or f in ("model.dropout", "model.attended")]
+    varied = [f for f in sorted(fields) if not f.startswith("model.") or f in UNNAMED_FIELDS]
     return ", ".join(f"{field.split('.')[-1]} {own[field]}" for field in varied if field in own) or result.name
 
 
@@ -162,7 +160,8 @@ def describe_group(group: Group, num_resamples: int, seed: int) -> dict[str, Any
     if tables:
         described["localization"] = summarize_tables(tables, num_resamples=num_resamples, seed=seed)
         found = [result.metrics["localization"] for result in group.results if result.boxes is not None]
-        described["localization"]["levels"] = [facts.get("levels") for facts in found]  # runs of older versions: none
+        for name in ("tuned_rules", "threshold_free"):
+            described["localization"][name] = [facts.get(name) for facts in found]  # runs of older versions: none
     return described
 
 

@@ -12,7 +12,7 @@ from cxa_jax.figures import CLASSES, HEAT, SIGNED, superimpose
 from cxa_jax.heat_maps import upsample_maps
 from cxa_jax.localization_table import LocalizationTable
 from cxa_jax.report_figures import Picture, create_figure
-from cxa_jax.report_localization import name_map
+from cxa_jax.report_localization import RULE_NAMES, name_map
 from cxa_jax.report_numbers import Group
 from cxa_jax.results import Result
 from cxa_jax.saved_maps import NUM_WORST, SavedMaps, draw_shared_rows
@@ -128,20 +128,21 @@ def draw_contact_sheets(group: Group, phantom: bool) -> list[Picture]:
         return []
     ids = [image_id for image_id in result.boxes.ids if result.maps.find(image_id) is not None]
     sheets = [ids[start : start + SHEET_IMAGES] for start in range(0, len(ids), SHEET_IMAGES)]
-    chosen = [name for name in SHEET_STYLES if (name, "half_max") in result.boxes.scores]
+    rule = result.boxes.answering_rule or "half_max"  # without a map there is nothing to draw
+    chosen = [name for name in SHEET_STYLES if (name, rule) in result.boxes.scores]
     legend = "; ".join(f"{name_map(name)}: {SHEET_STYLES[name][2]}" for name in chosen)
     pictures = []
     for number, sheet in enumerate(sheets, 1):
         part = f" ({number} of {len(sheets)})" if len(sheets) > 1 else ""
         end = f"_{number}" if len(sheets) > 1 else ""
-        caption = f"{len(ids)} of {len(result.boxes.ids)} boxed positives{part}; first run. True box: white; found at "
-        caption += f"half the maximum: {legend}."
-        figure = _draw_sheet(result, sheet, chosen, phantom)
+        caption = f"{len(ids)} of {len(result.boxes.ids)} boxed positives{part}; first run. True box: white; found by "
+        caption += f"{RULE_NAMES[rule]}: {legend}."
+        figure = _draw_sheet(result, sheet, chosen, rule, phantom)
         pictures.append(Picture(f"boxes_{_slug(group.name)}{end}", f"Every box: {group.name}{part}", caption, figure))
     return pictures
 
 
-def _draw_sheet(result: Result, ids: Sequence[str], chosen: Sequence[str], phantom: bool) -> Figure:
+def _draw_sheet(result: Result, ids: Sequence[str], chosen: Sequence[str], rule: str, phantom: bool) -> Figure:
     rows = math.ceil(len(ids) / SHEET_COLUMNS)
     figure = create_figure(SHEET_COLUMNS * 1.05, 1.2 * rows + 0.3, phantom)
     panels = figure.subplots(rows, SHEET_COLUMNS, squeeze=False).ravel()
@@ -149,7 +150,7 @@ def _draw_sheet(result: Result, ids: Sequence[str], chosen: Sequence[str], phant
         _show_xray(axes, result.maps, image_id, str(image_id).removesuffix(".png"), size=5)
         for name in chosen:
             colour, line, _ = SHEET_STYLES[name]
-            _draw_box(axes, _detected_box(result.maps, result.boxes, name, image_id), colour, line)
+            _draw_box(axes, _detected_box(result.maps, result.boxes, (name, rule), image_id), colour, line)
     for axes in panels[len(ids) :]:
         axes.set_axis_off()
     return figure
@@ -170,9 +171,9 @@ def _scaled_box(maps: SavedMaps, image_id: str) -> np.ndarray:
     return maps.boxes[row] * (maps.images.shape[1] / maps.image_size)
 
 
-def _detected_box(maps: SavedMaps, table: LocalizationTable, name: str, image_id: str) -> np.ndarray:
+def _detected_box(maps: SavedMaps, table: LocalizationTable, key: tuple[str, str], image_id: str) -> np.ndarray:
     row = int(np.flatnonzero(table.ids == image_id)[0])
-    return table.scores[name, "half_max"].predicted[row] * (maps.images.shape[1] / maps.image_size)
+    return table.scores[key].predicted[row] * (maps.images.shape[1] / maps.image_size)
 
 
 def _finish_map(axes: Axes, group: Group, image_id: str, colour: str = "white") -> None:

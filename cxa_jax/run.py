@@ -24,6 +24,7 @@ from cxa_jax.distributed import first_alone
 from cxa_jax.errors import UserError
 from cxa_jax.findings import encode_findings
 from cxa_jax.losses import compute_class_weights, create_loss
+from cxa_jax.model_names import name_backbone
 from cxa_jax.models import CardioXAttentionNet, create_model
 from cxa_jax.models.initialization import make_he_normal
 from cxa_jax.models.keras_import import KERAS_PREPROCESSING, load_keras_weights
@@ -32,6 +33,7 @@ from cxa_jax.optimizer import create_optimizer, create_schedule, rate_at
 from cxa_jax.sharding import check_batch_size, create_mesh, fetchable, put_replicated, replicated
 from cxa_jax.steps import INIT, MomentsStep, make_eval_step, make_moments_step, make_train_step
 from cxa_jax.train_state import Initialization, TrainState, trace_initialization
+from cxa_jax.workdir import flatten_config
 
 log = logging.getLogger(__name__)
 
@@ -124,15 +126,16 @@ class Run:
         return inputs
 
     def _load_backbone(self) -> dict[str, PyTree] | None:
-        init, backbone = self.config.init, self.config.model.backbone
+        init, model = self.config.init, self.config.model
+        stride = model.stride, model.stride_by
         if init.keras_weights:
             log.info("backbone from %s", init.keras_weights)
-            return load_keras_weights(backbone, init.keras_weights)
+            return load_keras_weights(model.backbone, init.keras_weights, *stride)
         if init.torch_weights:
             log.info("backbone from %s", init.torch_weights)
-            return load_torch_weights(backbone, init.torch_weights, init.torch_normalization)
+            return load_torch_weights(model.backbone, init.torch_weights, init.torch_normalization, *stride)
         if init.run:
-            return load_backbone(pathlib.Path(init.run).expanduser(), backbone, self.abstract_state)
+            return load_backbone(pathlib.Path(init.run).expanduser(), flatten_config(self.config), self.abstract_state)
         return None
 
     @functools.cached_property
@@ -234,7 +237,7 @@ def log_run(run: Run) -> None:
     log.info("an epoch: %s", describe_epoch(run.dataset.splits["train"], run.config.data))
     log.info("class weights: %.4f (no finding), %.4f (cardiomegaly)", *run.class_weights)
     log.info("input normalisation: %s", run.normalization)
-    backbone, pooling = run.config.model.backbone, run.config.model.pooling
+    backbone, pooling = name_backbone(flatten_config(run.config)), run.config.model.pooling
     log.info("model: %s + %s, %s graph", backbone, pooling, run.model.backbone.implementation)
     log.info("%s", describe_parameters(run.abstract_state))
 

@@ -9,9 +9,8 @@ import numpy as np
 from cxa_jax.classification import describe_classification
 from cxa_jax.data.datasets import Split, shared_patients
 from cxa_jax.errors import UserError
-from cxa_jax.localization_table import LocalizationTable, summarize_tables
-from cxa_jax.map_evaluation import PROTOCOL
-from cxa_jax.map_levels import MapLevels
+from cxa_jax.localization_table import summarize_tables
+from cxa_jax.map_evaluation import PROTOCOL, THRESHOLD_FREE_PROTOCOL, Localization, describe_threshold_free
 from cxa_jax.predictions import PredictionTable
 from cxa_jax.run import Run
 from cxa_jax.statistics import bootstrap_interval
@@ -24,8 +23,7 @@ def compute_run_metrics(
     run: Run,
     dev: PredictionTable,
     test: PredictionTable,
-    boxes: LocalizationTable | None,
-    levels: MapLevels | None = None,
+    boxes: Localization | None,
     dev_name: str = "dev",
 ) -> dict[str, Any]:
     """Compute every number of a run: classification on dev and test, localisation beside its controls, a baseline.
@@ -47,25 +45,27 @@ def compute_run_metrics(
         },
         "dev": describe_classification(dev, dev, **options, **protocol),
         "test": describe_classification(test, dev, **options, **protocol),
-        "localization": describe_localization(run, boxes, levels, **options),
+        "localization": describe_localization(run, boxes, **options),
         "thumbnail_baseline": describe_thumbnail_baseline(run, test, run.dataset.splits["test"]),
     }
 
 
 def describe_localization(
-    run: Run, boxes: LocalizationTable | None, levels: MapLevels | None, *, num_resamples: int, seed: int
+    run: Run, found: Localization | None, *, num_resamples: int, seed: int
 ) -> dict[str, Any] | None:
     """Return the localisation scores with their protocol; None without any box."""
-    if boxes is None:
+    if found is None:
         return None
+    boxes = found.table
     geometry = {"stride_px": run.model.backbone.stride, "offset_px": run.model.backbone.offset}
     return {
         "protocol": PROTOCOL,
-        "levels": levels and dataclasses.asdict(levels),
+        "tuned_rules": found.rules and found.rules.describe(),
         "geometry": geometry | {"image_size_px": run.dataset.image_size},
         "num_images": len(boxes.ids),
         "num_patients": len(np.unique(boxes.patients)),
         "num_predicted_positive": int(boxes.predicted_positive.sum()),
+        "threshold_free": {"protocol": THRESHOLD_FREE_PROTOCOL, "maps": describe_threshold_free(found.threshold_free)},
     } | summarize_tables([boxes], num_resamples=num_resamples, seed=seed)
 
 

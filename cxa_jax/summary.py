@@ -4,8 +4,8 @@ import math
 from typing import Any
 
 from cxa_jax.data.datasets import TITLES
-
-RULE = "half_max"
+from cxa_jax.localization_table import find_answering_rule, split_control
+from cxa_jax.map_verdict import CONTROL_TITLES, MORAL, judge
 
 
 def format_summary(report: dict[str, Any]) -> str:
@@ -34,13 +34,28 @@ def format_summary(report: dict[str, Any]) -> str:
 def _format_localization(localization: dict[str, Any] | None) -> list[str]:
     if localization is None:
         return []
+    rules = localization["all_boxed"]["rules"]
+    rule = find_answering_rule(rules) or "half_max"  # without a map: of the controls
     count, patients = localization["num_images"], localization["num_patients"]
-    lines = [f"localisation on {count} boxed positives of {patients} patients, boxes at {RULE}:"]
-    for name, values in localization["all_boxed"]["rules"][RULE].items():
+    lines = [f"localisation on {count} boxed positives of {patients} patients, boxes by {rule.replace('_', ' ')}:"]
+    for name, values in rules[rule].items():
+        if split_control(name)[0]:
+            continue  # metrics.json has them, and the verdict below the gains over those that count
         shown = {key: values[key] for key in ("pointing", "energy_ratio", "mean_iou") if values[key]}
         numbers = ", ".join(f"{key.replace('_', ' ')} {_format_interval(value)}" for key, value in shown.items())
         lines.append(f"  {name.replace('_', ' ')}: {numbers}")
-    return lines
+    return lines + _format_verdict(rules)
+
+
+def _format_verdict(rules: dict[str, Any]) -> list[str]:
+    verdict = judge(rules)
+    if verdict is None:
+        return []
+    lines = [f"{verdict.answer}; paired differences, image by image:"]
+    for control, (iou, pointing) in verdict.gains.items():
+        aims = f", pointing {_format_interval(pointing)}" if pointing else ""
+        lines.append(f"  less {CONTROL_TITLES[control]}: mean IoU {_format_interval(iou)}{aims}")
+    return [*lines, MORAL]
 
 
 def _format_interval(interval: dict[str, float]) -> str:

@@ -2,6 +2,8 @@
 position, size and brightness at most.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.linear_model import LogisticRegression
@@ -17,39 +19,50 @@ NUM_FOLDS = 5
 INVERSE_REGULARIZATIONS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # sklearn's C
 
 
-def compute_thumbnail_features(images: ArrayLike) -> np.ndarray:
-    """Compute the 8x8 area means of min-max normalised images; a constant image gives zeros.
+def compute_thumbnail_features(
+    images: ArrayLike, grid: tuple[int, int] = (THUMBNAIL_SIZE, THUMBNAIL_SIZE)
+) -> np.ndarray:
+    """Compute the area means of min-max normalised images on a grid, 8x8 by default; a constant image gives zeros.
 
     Args:
-        images: uint8 [N, H, W, 1], any H, W >= 8; sides that 8 does not divide share pixels between cells by area.
+        images: uint8 [N, H, W, 1], at least a pixel for each cell; sides that are no multiples share pixels between
+            cells by area.
+        grid: (h, w), cells.
 
     Returns:
-        float64 [N, 64] in [0, 1], rows of cells from the top.
+        float64 [N, h w] in [0, 1], rows of cells from the top.
 
     Raises:
-        UserError: another rank, channels or type, or images below 8 px.
+        UserError: another rank, channels or type, or images of fewer pixels than cells.
     """
     images = np.asarray(images)
-    if images.ndim != 4 or images.shape[-1] != 1 or images.dtype != np.uint8 or min(images.shape[1:3]) < THUMBNAIL_SIZE:
+    bytes_of_grey = images.ndim == 4 and images.shape[-1] == 1 and images.dtype == np.uint8
+    if not bytes_of_grey or images.shape[1] < grid[0] or images.shape[2] < grid[1]:
         raise UserError(
-            f"images are {images.dtype} {images.shape}; needed is uint8 [N, H, W, 1] of at least {THUMBNAIL_SIZE} px"
+            f"images are {images.dtype} {images.shape}; needed is uint8 [N, H, W, 1] of at least {max(grid)} px"
         )
     low = images.min(axis=(1, 2, 3)).astype(np.float64)[:, None, None]
     high = images.max(axis=(1, 2, 3)).astype(np.float64)[:, None, None]
-    vertical, horizontal = _area_means(images.shape[1]), _area_means(images.shape[2])
-    means = np.empty((len(images), THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+    vertical, horizontal = _area_means(images.shape[1], grid[0]), _area_means(images.shape[2], grid[1])
+    means = np.empty((len(images), *grid))
     for row, image in enumerate(images[..., 0]):  # one by one: a float copy of all images would not fit
         means[row] = vertical @ image.astype(np.float64) @ horizontal.T
     spread = np.where(high > low, high - low, 1.0)
     return ((means - low) / spread).reshape(len(images), -1)
 
 
-def _area_means(size_px: int) -> np.ndarray:
-    """Return the matrix [8, size] whose rows average equal stretches of pixels."""
-    edges = np.linspace(0, size_px, THUMBNAIL_SIZE + 1)[:, None]
+def make_thumbnails(images: Iterable[np.ndarray], grid: tuple[int, int]) -> np.ndarray:
+    """Return the area means float64 [N, h, w] of min-max normalised images uint8 [H, W, 1]: what needs no network."""
+    rows = [compute_thumbnail_features(image[None], grid)[0] for image in images]
+    return np.reshape(rows, (-1, *grid))
+
+
+def _area_means(size_px: int, num_cells: int) -> np.ndarray:
+    """Return the matrix [cells, size] whose rows average equal stretches of pixels."""
+    edges = np.linspace(0, size_px, num_cells + 1)[:, None]
     pixels = np.arange(size_px)
     overlap = np.minimum(edges[1:], pixels + 1) - np.maximum(edges[:-1], pixels)
-    return np.clip(overlap, 0, None) * (THUMBNAIL_SIZE / size_px)
+    return np.clip(overlap, 0, None) * (num_cells / size_px)
 
 
 def fit_thumbnail_baseline(

@@ -207,6 +207,11 @@ def flatten_config(config: ConfigDict) -> dict[str, Any]:
     return flat
 
 
+def add_younger_fields(flat: dict[str, Any], config: ConfigDict) -> dict[str, Any]:
+    """Return a run's flat config with the defaults of the fields that `config` has and the run is too old to have."""
+    return flatten_config(common.get_config(config.name, config.model.backbone)) | flat
+
+
 def describe_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return 'config.a.b: old -> new' for every field that shapes a result and differs; inputs are flat configs."""
     free = set(FREE_FIELDS)
@@ -230,8 +235,7 @@ def check_same_run(meta: dict[str, Any], config: ConfigDict, fingerprint: str, w
     Raises:
       UserError: config or data differ and config.train.resume_changed is False, or the network is another one.
     """
-    younger = flatten_config(common.get_config(config.name, config.model.backbone))
-    changes = describe_changes(younger | meta["config"], flatten_config(config))
+    changes = describe_changes(add_younger_fields(meta["config"], config), flatten_config(config))
     other_network = [change for change in changes if change.startswith(NETWORK_FIELDS)]
     if other_network:
         raise UserError(f"{workdir} holds another network; choose another --workdir:\n  " + "\n  ".join(other_network))

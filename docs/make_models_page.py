@@ -6,6 +6,7 @@ traced without arithmetic, so this takes seconds.
 
 import functools
 import importlib
+import itertools
 import pathlib
 import re
 from typing import Any, NamedTuple
@@ -13,8 +14,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from fields_of_view import find_field
 
-from cxa_jax.models import BACKBONES, amm, create_model, cxa, densenet, inception_resnet_v2, layers, resnet
+from cxa_jax.model_names import name_run
+from cxa_jax.models import BACKBONES, amm, create_model, cxa, densenet, inception_resnet_v2, resnet
+from cxa_jax.models.strides import STRIDES
 
 PAGE = pathlib.Path(__file__).with_name("models.md")
 TITLES = {
@@ -50,11 +54,12 @@ class Layer(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """A network's calls, in order, its variables and its output, as shapes."""
+    """A network's calls, in order, its variables and its output, as shapes, and all of it as a jaxpr of the images."""
 
     layers: list[Layer]
     variables: dict[str, Any]
     output: Any
+    jaxpr: Any
 
     def count(self, kind: str, path: str = "") -> int:
         """Count the numbers in 'params' or 'batch_stats' below a dotted path."""
@@ -83,17 +88,20 @@ def trace(module: nn.Module, *shape: int) -> Trace:
         return out
 
     with nn.intercept_methods(record):
-        output, variables = jax.eval_shape(
-            lambda x: module.init_with_output(jax.random.key(0), x, train=False),
-            jax.ShapeDtypeStruct((1, *shape), jnp.float32),
-        )
-    return Trace(calls, variables, output)
+        closed, (output, variables) = jax.make_jaxpr(
+            lambda x: module.init_with_output(jax.random.key(0), x, train=False), return_shape=True
+        )(jax.ShapeDtypeStruct((1, *shape), jnp.float32))
+    return Trace(calls, variables, output, closed.jaxpr)
+
+
+def trace_backbone(name: str, stride: int = STRIDES[0]) -> Trace:
+    """Trace BACKBONES[name], cut at a stride, on an image of SIZE px; once for each."""
+    return _trace_backbone(name, stride)
 
 
 @functools.cache
-def trace_backbone(name: str) -> Trace:
-    """Trace BACKBONES[name] on an image of SIZE px."""
-    return trace(BACKBONES[name](), SIZE, SIZE, 3)
+def _trace_backbone(name: str, stride: int) -> Trace:
+    return trace(BACKBONES[name](stride=stride), SIZE, SIZE, 3)
 
 
 def load_config(stem: str, variant: str = "") -> Any:
@@ -103,7 +111,7 @@ def load_config(stem: str, variant: str = "") -> Any:
 
 def trace_rest(config: Any) -> Trace:
     """Trace what stands on the backbone of `config.model`, on the features of an image of SIZE px."""
-    features = trace_backbone(config.backbone).output.shape[1:]
+    features = trace_backbone(config.backbone, config.stride).output.shape[1:]
     return trace(create_model(config).clone(backbone=Given()), *features)
 
 
@@ -146,6 +154,23 @@ def table_backbones() -> str:
         rows.append((f"`{name}`", features, *geometry, params, stats, params + stats))
     header = ("backbone", f"features at {SIZE}", "stride", "offset", "least side", "trainable", "statistics")
     return make_table((*header, "as Keras counts"), rows)
+
+
+def table_strides() -> str:
+    """List the whole networks and the cut ones: cells, where and how far one looks, sizes of the models with AMM."""
+    rows = []
+    for stem, stride in itertools.product(TITLES, STRIDES):
+        config = load_config(stem, "" if stride == STRIDES[0] else f"stride{stride}")
+        backbone, rest = trace_backbone(config.backbone, stride), trace_rest(config)
+        module, features = create_model(config).backbone, backbone.output.shape[1:]
+        field = find_field(backbone.jaxpr, 0)[0]
+        if (field.stride, (field.low + field.high) / 2) != (module.stride, module.offset):
+            raise ValueError(f"{stem} at {stride}: {field} is not centred where the network says")
+        params, stats = (backbone.count(kind) + rest.count(kind) for kind in ("params", "batch_stats"))
+        name = name_run({f"model.{key}": value for key, value in config.items()})
+        rows.append((name, by_size(features), module.stride, module.offset, field.size, params, stats))
+    header = ("model", f"features at {SIZE}", "stride", "offset", "field of view", "trainable", "statistics")
+    return make_table(header, rows)
 
 
 def table_layers(name: str) -> str:
@@ -221,7 +246,7 @@ def table_numbers() -> str:
         ("blocks of Inception-ResNet-v2", str(built["inception_resnet_v2"].num_blocks), keras),
         ("epsilon, DenseNet and ResNet-50", f"{densenet.EPSILON:g}, {resnet.EPSILON:g}", keras),
         ("epsilon, Inception-ResNet-v2", f"{inception_resnet_v2.EPSILON:g}, no scale", keras),
-        ("momentum of every batch norm", f"{layers.BATCH_NORM_MOMENTUM:g}", "Keras' default"),
+        ("momentum of every batch norm", f"{load_config('dense121').batch_norm_momentum:g}", "Keras' default"),
         ("initialiser of every kernel", "Glorot uniform", "the paper, hyper-parameters"),
     ]
     return make_table(("number", "value", "source"), rows)
@@ -231,6 +256,7 @@ TABLES = {
     "models": table_models,
     "numbers": table_numbers,
     "backbones": table_backbones,
+    "strides": table_strides,
     **{name: functools.partial(table_layers, name) for name in NAMES},
     "amm": table_amm,
 }

@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from quick import jit
 
 
 def constant_variables(module):
@@ -27,6 +28,22 @@ def _fill(module, draw_kernel):
 
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 96, 96, 3)))
     return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+def check_dilated(whole, stride: int, height: int, width: int) -> None:
+    """Assert in float64 that every k-th cell of the dilated network is the whole one's, k = 32 / stride."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(2)
+        variables = jax.tree_util.tree_map_with_path(
+            lambda path, a: a + (path[-1].key != "kernel") * rng.uniform(-0.3, 0.3, a.shape), random_variables(whole)
+        )
+        images = rng.uniform(size=(2, height, width, 3))
+        whole = whole.clone(dtype=jnp.float64)
+        dilated = whole.clone(stride=stride, stride_by="dilate")
+        expected, features = (np.asarray(jit(net.apply)(variables, images)) for net in (whole, dilated))
+    k = 32 // stride
+    np.testing.assert_allclose(features[:, ::k, ::k], expected, rtol=1e-12, atol=1e-12 * np.abs(expected).max())
+    assert expected.std() > 1e-3 * np.abs(expected).max()
 
 
 def check_options(module, size: int) -> None:

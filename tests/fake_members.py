@@ -21,7 +21,7 @@ def flatten_config(config):
     return flat
 
 
-def train(config, workdir):
+def train(config, workdir, rules):
     """Write scores as `ablation_member.train_member` does; refuse once where a file `refuse` lies beside the runs."""
     folder = pathlib.Path(workdir)
     if config.model.pooling == "gmp" and (folder.parent / "refuse").exists():
@@ -30,7 +30,7 @@ def train(config, workdir):
     with (folder / "calls.txt").open("a") as file:
         file.write("called\n")
     label = np.arange(NUM_IMAGES) % 2
-    rng = np.random.default_rng(config.seed)
+    rng = np.random.default_rng([config.seed, config.model.stride])
     columns = {
         "id": np.array([f"image{i}" for i in range(NUM_IMAGES)]),
         "patient": np.array([f"patient{i // 2}" for i in range(NUM_IMAGES)]),
@@ -39,7 +39,8 @@ def train(config, workdir):
         "boxed_patient": np.array([f"patient{i}" for i in range(NUM_IMAGES // 2)]),
     }
     for name in ("weights", "random_map", "image_centre", "median_box"):
-        for metric in ("pointing", "energy_ratio", "mean_iou"):
+        ious = ["mean_iou" if rule == "half_max" else f"mean_iou_{rule}" for rule in rules]
+        for metric in ("pointing", "energy_ratio", *ious):
             skill = SKILL.get(config.model.pooling, 0.0)
             columns[f"{name}/{metric}"] = rng.random(NUM_IMAGES // 2) ** (1 / (1 + skill))
     columns["image_centre/energy_ratio"] = np.full(NUM_IMAGES // 2, np.nan)
@@ -56,6 +57,6 @@ def train(config, workdir):
 
 def time_steps(configs, path):
     """Write step times as `ablation_member.measure_step_times` does: AMM takes a tenth more than GAP."""
-    seconds = {name: [0.11, 0.22, 0.33] if name == "amm" else [0.1, 0.2, 0.3] for name in configs}
+    seconds = {name: [0.11, 0.22, 0.33] if name.startswith("amm") else [0.1, 0.2, 0.3] for name in configs}
     flat = {name: flatten_config(config) for name, config in configs.items()}
     pathlib.Path(path).write_text(json.dumps({"seconds": seconds, "configs": flat, "environment": {}}))

@@ -8,16 +8,25 @@ import tiny
 from cxa_jax.classification import describe_classification
 from cxa_jax.data.datasets import Split
 from cxa_jax.evaluate import Predictions
+from cxa_jax.heat_maps import Rule
 from cxa_jax.localization import score_controls, score_maps
 from cxa_jax.localization_table import LocalizationTable, summarize_tables, write_localization
-from cxa_jax.map_evaluation import SCALINGS, find_boxed_images
+from cxa_jax.map_evaluation import describe_threshold_free, find_boxed_images
 from cxa_jax.metric_writer import write_history
 from cxa_jax.predictions import write_predictions
 from cxa_jax.saved_maps import choose_rows, save_maps
+from cxa_jax.scored_maps import MAP_KINDS, derive_maps
+from cxa_jax.threshold_free import (
+    compute_best_overlaps,
+    count_pixels,
+    find_level_boxes,
+    summarize_threshold_free,
+)
 from cxa_jax.workdir import flatten_config, to_json, write_atomically
 
 STRIDE, OFFSET = 32, 14
 NUM_RESAMPLES = 50
+TUNED_RULE = Rule("percentile", 85.0, "all")
 
 
 def make_test_split(num_images: int = 60) -> Split:
@@ -78,7 +87,7 @@ def write_run(
         "normalization": "min_max",
         "fingerprint": "0123456789abcdef",
         "train": {"num_images": 44, "num_positives": 15, "patients_shared": {"train/dev": 0}},
-        "localization": summarize_tables([boxes], **options),
+        "localization": describe_boxes(split, test, boxes, **options),
         "thumbnail_baseline": {"auroc": {"estimate": 0.7, "low": 0.6, "high": 0.8}, "num_train_images": 44},
         "checkpoint": {"step": 12, "epoch": 2, "monitored": 0.5},
         "config": settings | {"eval.num_bootstrap": NUM_RESAMPLES},
@@ -94,15 +103,39 @@ def write_run(
 
 
 def score_boxes_of(split: Split, test: Predictions, threshold: float) -> LocalizationTable:
-    """Score the drawn maps on the true boxes under two rules, with the controls."""
+    """Score the drawn maps on the true boxes under three rules, with the controls; one of "tuned" numbers drawn too."""
     boxed = find_boxed_images(split)
     patients, scores = split.index["patient"][boxed.rows], {}
-    for rule in ("half_max", "wang"):
-        options = {"stride": STRIDE, "offset": OFFSET, "rule": rule}
-        for name, maps in test.maps.items():
-            scores[name, rule] = score_maps(
-                maps[boxed.rows], boxed.boxes, patients, tiny.SIZE, scaling=SCALINGS[name], **options
-            )
+    rng = np.random.default_rng(8)
+    for rule, cut in {"half_max": "half_max", "wang": "wang", "phantom_tuned": TUNED_RULE}.items():
+        options = {"stride": STRIDE, "offset": OFFSET, "rule": cut}
+        for name, values in derive_maps(test.maps).items():
+            maps = values[boxed.rows]
+            controls = {"shuffled": np.roll(maps, 2, axis=0), "mean_map": np.broadcast_to(maps.mean(0), maps.shape)}
+            controls["random_weights"] = rng.permuted(maps, axis=1)
+            for key, cells in {
+                name: maps,
+                **{f"{control}_{name}": cells for control, cells in controls.items()},
+            }.items():
+                scores[key, rule] = score_maps(
+                    cells, boxed.boxes, patients, tiny.SIZE, scaling=MAP_KINDS[name].scaling, **options
+                )
         controls = score_controls(boxed.boxes, patients, tiny.SIZE, (2, 2), **options)
         scores |= {(name, rule): values for name, values in controls.items()}
     return LocalizationTable(split.index["id"][boxed.rows], test.score[boxed.rows] >= threshold, scores)
+
+
+def describe_boxes(split: Split, test: Predictions, boxes: LocalizationTable, **options: int) -> dict:
+    """Return the localisation part of metrics.json."""
+    boxed = find_boxed_images(split)
+    free = {}
+    for name, values in derive_maps(test.maps).items():
+        maps, geometry = values[boxed.rows], (tiny.SIZE, STRIDE, OFFSET)
+        overlaps = compute_best_overlaps(find_level_boxes(maps, *geometry), boxed.boxes)
+        free[name] = summarize_threshold_free(
+            overlaps, count_pixels(maps, boxed.hearts, *geometry), boxes.patients, **options
+        )
+    return summarize_tables([boxes], **options) | {
+        "tuned_rules": {"rules": {"attention": TUNED_RULE._asdict()}, "source": "dev hearts of this run's phantoms"},
+        "threshold_free": {"protocol": "the protocol", "maps": describe_threshold_free(free)},
+    }

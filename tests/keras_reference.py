@@ -94,11 +94,11 @@ def _create(application, rng, **arguments):
 
 
 def infer(model, images, compiler_options=None):
-    """Apply the model with its running statistics."""
+    """Apply the model with its running statistics; returns an array for each of its outputs."""
     apply = jax.jit(
         lambda weights, x: model.stateless_call(*weights, x, training=False)[0], compiler_options=compiler_options
     )
-    return np.asarray(apply(values(model), images))
+    return jax.tree.map(np.asarray, apply(values(model), images))
 
 
 def values(model):

@@ -26,6 +26,8 @@ def make_model(momentum, **fields):
         ("plain", {"pooling": "gap", "attended": "all_normalized"}),
         ("fused", {"stride": 8}),
         ("kernels", {"stride": 8}),
+        ("fused", {"backbone": "resnet50", "stride": 8}),
+        ("plain", {"backbone": "inception_resnet_v2", "stride": 8}),
     ],
 )
 def test_every_running_moment_moves_by_it(implementation, fields):
@@ -34,7 +36,8 @@ def test_every_running_moment_moves_by_it(implementation, fields):
     told = []
     for momentum in (0.9, 0.5):
         model = make_model(momentum, **fields)
-        model = model.clone(backbone=model.backbone.clone(implementation=implementation))
+        fewer = {} if "backbone" not in fields else {"num_blocks": (1, 1, 1)}
+        model = model.clone(backbone=model.backbone.clone(implementation=implementation, **fewer))
         if not told:
             variables = perturbed_variables(model, images, jnp.float32)
         step = jit(lambda v, x, model=model: model.apply(v, x, train=True, mutable=["batch_stats"])[1])

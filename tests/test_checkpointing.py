@@ -271,10 +271,14 @@ def test_backbone_of_another_run(tmp_path):
     with Checkpoints(tmp_path, "best") as best:
         best.save(state, {"config": {"model.backbone": "resnet50"}, "progress": {"best_step": 3}})
     mould = abstract(make_state(0))
-    loaded = load_backbone(tmp_path, "resnet50", mould)
+    wanted = {"model.backbone": "resnet50", "model.stride": 32, "model.stride_by": "cut"}
+    loaded = load_backbone(tmp_path, wanted, mould)
     np.testing.assert_array_equal(loaded["params"]["kernel"], np.arange(6.0))
     np.testing.assert_array_equal(loaded["batch_stats"]["mean"], np.arange(3.0))
     with pytest.raises(UserError, match="has resnet50; wanted is the best state of a densenet121"):
-        load_backbone(tmp_path, "densenet121", mould)
+        load_backbone(tmp_path, wanted | {"model.backbone": "densenet121"}, mould)
     with pytest.raises(UserError, match="no workdir with a best state"):
-        load_backbone(tmp_path / "nowhere", "resnet50", mould)
+        load_backbone(tmp_path / "nowhere", wanted, mould)
+    load_backbone(tmp_path, wanted | {"model.stride": 8, "model.stride_by": "dilate"}, mould)
+    with pytest.raises(UserError, match="has a resnet50, whose stages end at stride 32; resnet50/8 ends at 8"):
+        load_backbone(tmp_path, wanted | {"model.stride": 8}, mould)

@@ -25,6 +25,28 @@ def test_conv_3x3_is_the_convolution(size):
     assert_same_function(ops.conv_3x3, convolve, random_array(2, *size, 6), random_array(3, 3, 6, 4, seed=1))
 
 
+@pytest.mark.parametrize(
+    ("size", "window", "strides", "padding", "dilation"),
+    [
+        ((7, 9), (3, 3), (1, 1), ((2, 2), (2, 2)), (2, 2)),
+        ((9, 8), (3, 3), (1, 1), ((0, 0), (0, 0)), (3, 3)),
+        ((5, 8), (1, 7), (1, 1), ((0, 0), (6, 6)), (2, 2)),
+        ((9, 12), (3, 2), (2, 3), ((0, 3), (1, 0)), (3, 2)),
+    ],
+)
+def test_dilated_conv_windows_is_the_convolution(size, window, strides, padding, dilation):
+    def expected(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, kernel, strides, padding, rhs_dilation=dilation, dimension_numbers=numbers
+        )
+
+    def windows(x, kernel):
+        return ops.conv_windows(x, kernel, strides, padding, dilation)
+
+    assert_same_function(windows, expected, random_array(2, *size, 3), random_array(*window, 3, 5, seed=1))
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
     ("size", "window", "strides", "padding"),

@@ -10,7 +10,7 @@ from same_function import assert_same_function, perturbed_variables, relative_er
 
 from cxa_jax.errors import UserError
 from cxa_jax.models.fused_layers import convolve
-from cxa_jax.models.inception_resnet_v2 import BLOCK8, MIXED_5B, Branches, InceptionResNetV2
+from cxa_jax.models.inception_resnet_v2 import BLOCK8, MIXED_5B, MIXED_7A, Branches, InceptionResNetV2, dilate
 from cxa_jax.models.resnet import ResNet
 
 KERNELS = [
@@ -39,12 +39,34 @@ def test_convolve_is_the_convolution(size, strides, padding, channels):
         assert_same_function(fast, exact, x, kernel)
 
 
+@pytest.mark.parametrize(
+    ("size", "padding"), [((3, 3), "SAME"), ((3, 3), "VALID"), ((1, 7), "SAME"), ((7, 1), "SAME"), ((1, 1), "SAME")]
+)
+@pytest.mark.parametrize("channels", [3, 17])
+def test_dilated_convolve_is_the_convolution(size, padding, channels):
+    options = {"padding": padding, "rhs_dilation": (2, 2), "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    fast = partial(convolve, strides=(1, 1), **options)
+    exact = partial(jax.lax.conv_general_dilated, window_strides=(1, 1), **options)
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        x, kernel = (jnp.asarray(rng.normal(size=shape)) for shape in ((2, 7, 8, channels), (*size, channels, 5)))
+        assert_same_function(fast, exact, x, kernel)
+
+
 def make_resnet(implementation, dtype):
     return ResNet((1, 1), dtype=dtype, implementation=implementation)
 
 
 def make_inception(implementation, dtype):
     return InceptionResNetV2((1, 1, 1), dtype=dtype, implementation=implementation)
+
+
+def make_dilated_resnet(implementation, dtype):
+    return ResNet((1, 1, 1), dtype=dtype, implementation=implementation, stride=8, stride_by="dilate")
+
+
+def make_dilated_inception(implementation, dtype):
+    return make_inception(implementation, dtype).clone(stride=8, stride_by="dilate")
 
 
 CONVS_BEFORE_NORMS = ("stem_conv", "shortcut_conv", "conv1", "conv2", "conv3")  # with a bias, in ResNet
@@ -83,7 +105,12 @@ def compare(make, dtype, shape):
 
 @pytest.mark.parametrize(
     ("make", "shape"),
-    [(make_resnet, (2, 45, 52, 3)), pytest.param(make_inception, (4, 139, 144, 3), marks=pytest.mark.slow)],
+    [
+        (make_resnet, (2, 45, 52, 3)),
+        pytest.param(make_inception, (4, 139, 144, 3), marks=pytest.mark.slow),
+        pytest.param(make_dilated_resnet, (2, 45, 52, 3), marks=pytest.mark.slow),
+        pytest.param(make_dilated_inception, (4, 107, 112, 3), marks=pytest.mark.slow),
+    ],
 )
 def test_equals_plain_in_float64(make, shape):
     """Sides of which every pool and stride drops or pads a line."""
@@ -115,15 +142,19 @@ def test_float32_is_as_exact_as_plain(make, shape):
         assert reduce(errors["fused"]) <= max(1e-4, 2 * reduce(errors["plain"])), reduce
 
 
-@pytest.mark.parametrize("dtype", [jnp.float64, pytest.param(jnp.float32, marks=pytest.mark.slow)])
-def test_inception_block_equals_plain(dtype):
-    """Branches with every kind of kernel at stride 1, and an average pool."""
+@pytest.mark.parametrize(
+    ("branches", "dtype"),
+    [
+        ((*BLOCK8, MIXED_5B[1], MIXED_5B[3]), jnp.float64),
+        pytest.param((*BLOCK8, MIXED_5B[1], MIXED_5B[3]), jnp.float32, marks=pytest.mark.slow),
+        (dilate(MIXED_7A[2:], 2, strided=False), jnp.float64),
+    ],
+)
+def test_inception_block_equals_plain(branches, dtype):
+    """Branches with every kind of kernel at stride 1, an average pool, and strided ones that are dilated instead."""
     with jax.enable_x64(dtype == jnp.float64):
-        x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 5, 6, 32)), dtype)
-        nets = [
-            Branches((*BLOCK8, MIXED_5B[1], MIXED_5B[3]), dtype=dtype, implementation=implementation)
-            for implementation in ("fused", "plain")
-        ]
+        x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 7, 6, 32)), dtype)
+        nets = [Branches(branches, dtype=dtype, implementation=implementation) for implementation in ("fused", "plain")]
         variables = perturbed_variables(nets[1], x, dtype)
         errors = relative_errors(*(run(net, variables, x) for net in nets))
     assert max(jax.tree.leaves(errors)) < (1e-9 if dtype == jnp.float64 else 1e-4)

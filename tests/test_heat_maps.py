@@ -52,8 +52,11 @@ def test_scalings():
     assert heat_maps.scale_map(values, "positive") == pytest.approx(np.array([[0, 0], [1 / 3, 1]]))
     faint = np.array([[0.1, 0.2]])
     assert np.array_equal(heat_maps.scale_map(faint, "unit"), faint)
+    assert heat_maps.scale_map(-values, "absolute") == pytest.approx(np.array([[1 / 3, 0], [1 / 3, 1]]))
     for scaling in ("min_max", "positive"):
         assert not heat_maps.scale_map(np.full((2, 2), -0.5), scaling).any()
+    assert not heat_maps.scale_map(np.zeros((2, 2)), "absolute").any()
+    assert not heat_maps.scale_map(np.array([[0.1 + 0.2, 0.3]]), "min_max").any()  # rounding is no contrast
     with pytest.raises(UserError, match=r"spans \[-1, 3\]"):
         heat_maps.scale_map(values, "unit")
     with pytest.raises(UserError, match="unknown scaling 'max'"):
@@ -75,14 +78,48 @@ def test_threshold_rules():
     masks = {rule: heat_maps.threshold_map(values, rule) for rule in ("wang", "half_max", 0.25)}
     assert [mask.sum() for mask in masks["wang"]] == [3, 1]  # 60 / 255 = .235, 180 / 255 = .706
     assert masks["half_max"][0].sum() == 2 and masks[0.25][0].sum() == 3
-    for rule in ("mean", 1.5):
+    for rule in ("mean", 1.5, "p", "p0", "p100", "p1.2.3", "p85_most", heat_maps.Rule("level", 0.5, "two")):
         with pytest.raises(UserError, match="unknown threshold rule"):
             heat_maps.threshold_map(values, rule)
 
 
-@pytest.mark.parametrize("rule", [*heat_maps.RULES, 0.3])
-def test_an_empty_map_has_no_box(rule: str | float):
-    assert heat_maps.detect_boxes(np.zeros((20, 20)), rule).shape == (0, 4)
+def test_short_forms_of_rules():
+    assert heat_maps.make_rule("p85") == heat_maps.Rule("percentile", 85, "largest")
+    assert heat_maps.make_rule("p97.5_all") == heat_maps.Rule("percentile", 97.5, "all")
+    assert heat_maps.make_rule(0.3) == heat_maps.Rule("level", 0.3)
+    assert heat_maps.make_rule(heat_maps.make_rule("wang")).components == "each"
+    said = [heat_maps.describe_rule(heat_maps.make_rule(rule)) for rule in ("p85_all", 0.95, "wang")]
+    assert said == [
+        "percentile 85, one box about all components", "level 0.95, largest component",
+        "60 and 180 of 255, every component",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", [*heat_maps.RULES, 0.3, "p85", "p40_all"])
+@pytest.mark.parametrize("value", [0.0, 0.4, 1.0])
+def test_a_map_of_one_value_has_no_box(rule: str | float, value: float):
+    assert heat_maps.detect_boxes(np.full((20, 20), value), rule).shape == (0, 4)
+    noise = np.random.default_rng(0).uniform(-1e-15, 1e-15, (20, 20))  # what interpolating leaves of it
+    assert heat_maps.detect_boxes(np.full((20, 20), value) * (1 + noise), rule).shape == (0, 4)
+
+
+@pytest.mark.parametrize("percentile", [50, 85, 97.5])
+def test_a_percentile_leaves_that_share_of_untied_pixels(percentile: float):
+    values = np.random.default_rng(4).permutation(1600).reshape(40, 40) / 1600
+    (mask,) = heat_maps.threshold_map(values, f"p{percentile}")
+    assert mask.sum() == round(16 * (100 - percentile)) and values[mask].min() > values[~mask].max()
+
+
+def test_percentiles_take_ties_whole_or_leave_them():
+    values = np.zeros((10, 10))
+    values[2, 2:8] = 0.5
+    assert heat_maps.threshold_map(values, "p60")[0].sum() == 6  # the percentile is 0, and 0 is not above it
+    values[5:] = 1  # half of the map is its maximum, beyond the 85th percentile
+    assert heat_maps.threshold_map(values, "p85")[0].sum() == 50
+    assert heat_maps.detect_boxes(values, "p85").tolist() == [[0, 5, 10, 5]]
+    many = heat_maps.cut_percentiles(values, [30, 60, 85])
+    for mask, percentile in zip(many, (30, 60, 85), strict=True):
+        assert np.array_equal(mask, heat_maps.threshold_map(values, f"p{percentile}")[0])
 
 
 def test_components_are_eight_connected_and_sorted_by_pixels():
@@ -97,3 +134,20 @@ def test_components_are_eight_connected_and_sorted_by_pixels():
     assert heat_maps.find_boxes(mask).tolist() == [row[:4] for row in by_size]
     assert heat_maps.detect_boxes(mask.astype(float), 0.5).tolist() == expected[:1]
     assert len(heat_maps.detect_boxes(mask.astype(float), "wang")) == 6
+    assert heat_maps.detect_boxes(mask.astype(float), heat_maps.Rule("level", 0.5, "all")).tolist() == [[0, 2, 24, 16]]
+    assert heat_maps.detect_boxes(mask.astype(float), heat_maps.Rule("level", 0.5, "each")).tolist() == expected
+
+
+def test_stacked_components_and_enclosing_boxes_are_opencvs():
+    rng = np.random.default_rng(5)
+    masks = rng.random((12, 15, 22)) < rng.uniform(0, 0.5, (12, 1, 1))
+    masks[3] = False
+    boxes, layers, sizes = heat_maps.find_stacked_boxes(masks)
+    around = heat_maps.enclose(masks)
+    for layer, mask in enumerate(masks.astype(np.uint8)):
+        _, _, found, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
+        own = np.column_stack([boxes, sizes])[layers == layer]
+        assert sorted(own.tolist()) == sorted(found[1:].tolist())
+        if mask.any():
+            assert around[layer].tolist() == list(cv2.boundingRect(mask))
+    assert np.isnan(around[3]).all() and not (layers == 3).any()

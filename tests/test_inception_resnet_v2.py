@@ -6,13 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from backbone_variables import check_options
+from backbone_variables import check_dilated, check_options
 from receptive_fields import chain_geometry, gradient_centre
 
+from cxa_jax.errors import UserError
 from cxa_jax.models import inception_resnet_v2
 from cxa_jax.models.inception_resnet_v2 import BLOCK8, BLOCK17, BLOCK35, InceptionResNetV2, ResidualBlock
 
 SMALL = (1, 1, 1)
+FINER = [(stride, by) for stride in (16, 8) for by in ("cut", "dilate")]
+LOST = {(32, "cut"): 43, (16, "cut"): 27, (8, "cut"): 19, (16, "dilate"): 59, (8, "dilate"): 67}  # px, of valid windows
 
 
 @pytest.mark.parametrize(("size", "cells"), [(224, 5), (1024, 30)])
@@ -23,6 +26,59 @@ def test_feature_shape(size, cells):
     assert features.shape == (2, cells, cells, 1536)
     assert cells == (size - 43) // 32
     assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == 54_336_736  # as Keras counts without top
+
+
+@pytest.mark.parametrize(("stride", "by"), LOST)
+def test_number_of_cells(stride, by):
+    module = InceptionResNetV2(SMALL, stride=stride, stride_by=by)
+    for height in (module.min_size, *np.random.default_rng(0).integers(module.min_size, 400, 4)):
+        width = height + 3
+        images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+        features, _ = jax.eval_shape(lambda x: module.init_with_output(jax.random.key(0), x), images)
+        rows, cols = ((side - LOST[stride, by]) // stride for side in (height, width))
+        assert features.shape == (1, rows, cols, module.num_features) and rows > 0
+    with pytest.raises(UserError, match=f"at least {module.min_size} x {module.min_size} px"):
+        jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, module.min_size - 1, 224, 3)))
+
+
+BEYOND_16 = ("mixed_7a", "block8_", "conv_7b")
+
+
+@pytest.mark.parametrize(
+    ("stride", "channels", "beyond"), [(16, 1088, BEYOND_16), (8, 320, ("mixed_6a", "block17_", *BEYOND_16))]
+)
+def test_a_cut_network_has_the_first_parts(stride, channels, beyond):
+    module, images = InceptionResNetV2((2, 2, 2), stride=stride), jnp.zeros((1, 75, 75, 3))
+    variables, whole = (
+        jax.eval_shape(net.init, jax.random.key(0), images) for net in (module, InceptionResNetV2((2, 2, 2)))
+    )
+    assert module.num_features == channels
+    assert variables == {
+        kind: {name: leaves for name, leaves in tree.items() if not name.startswith(beyond)}
+        for kind, tree in whole.items()
+    }
+    assert len(variables["params"]) == len(whole["params"]) - {16: 1 + 2 + 1, 8: 1 + 2 + 1 + 2 + 1}[stride]
+
+
+@pytest.mark.parametrize("stride", [16, 8])
+def test_a_dilated_network_has_all_variables(stride):
+    module, images = InceptionResNetV2(SMALL, stride=stride, stride_by="dilate"), jnp.zeros((1, 75, 75, 3))
+    variables, expected = (
+        jax.eval_shape(net.init, jax.random.key(0), images) for net in (module, InceptionResNetV2(SMALL))
+    )
+    assert variables == expected
+    assert module.num_features == 1536
+
+
+@pytest.mark.parametrize(
+    ("stride", "size"),
+    [
+        (8, (91, 107)),
+        *(pytest.param(s, size, marks=pytest.mark.slow) for s in (16, 8) for size in ((75, 90), (139, 150))),
+    ],
+)
+def test_each_kth_dilated_cell_is_the_whole_networks(stride, size):
+    check_dilated(InceptionResNetV2(SMALL), stride, *size)
 
 
 def test_batch_norms_have_no_scale():
@@ -43,18 +99,48 @@ def test_residual_scale():
     assert np.abs(whole).max() > 0.1
 
 
-def test_geometry_by_chain():
-    assert chain_geometry(InceptionResNetV2(), 224) == (InceptionResNetV2.stride, InceptionResNetV2.offset)
+@pytest.mark.parametrize(("stride", "by", "offset"), [(32, "cut", 37), (16, "cut", 21), (8, "cut", 13)])
+def test_geometry_by_chain(stride, by, offset):
+    module = InceptionResNetV2(stride=stride, stride_by=by)
+    assert chain_geometry(module, 224) == (module.stride, module.offset) == (stride, offset)
+
+
+@pytest.mark.parametrize("stride", [16, 8])
+def test_geometry_by_chain_when_dilated(stride):
+    module = InceptionResNetV2((2, 2, 2), stride=stride, stride_by="dilate")
+    assert chain_geometry(module, 224) == (module.stride, module.offset) == (stride, 37)
 
 
 @pytest.mark.slow  # by the chain of layers above; test_densenet.py has both
-def test_geometry_by_gradient():
-    centre = gradient_centre(InceptionResNetV2(num_blocks=SMALL), 544, slice(4, 11), num_images=2)
-    np.testing.assert_allclose(centre, InceptionResNetV2.offset, atol=1.5)  # two more pools scatter it than elsewhere
+@pytest.mark.parametrize(
+    ("stride", "by", "size", "cells"),
+    [
+        (32, "cut", 544, slice(4, 11)),
+        (16, "cut", 272, slice(4, 11)),
+        (8, "cut", 136, slice(4, 11)),
+        (16, "dilate", 544, slice(8, 22)),
+        (8, "dilate", 544, slice(16, 44)),
+    ],
+)
+def test_geometry_by_gradient(stride, by, size, cells):
+    module = InceptionResNetV2(SMALL, stride=stride, stride_by=by)
+    centre = gradient_centre(module, size, cells, num_images=2)
+    np.testing.assert_allclose(centre, module.offset, atol=1.5)  # two more pools scatter it than elsewhere
 
 
 def test_options_are_the_same_function():
     check_options(InceptionResNetV2(num_blocks=SMALL), 75)
+
+
+@pytest.mark.slow
+def test_options_are_the_same_function_when_dilated():
+    check_options(InceptionResNetV2(SMALL, stride=8, stride_by="dilate"), 91)
+
+
+@pytest.mark.parametrize(("field", "value"), [("stride", 64), ("stride_by", "pool")])
+def test_other_strides_are_refused(field, value):
+    with pytest.raises(UserError, match=f"config.model.{field}={value!r} is not one of"):
+        jax.eval_shape(InceptionResNetV2(SMALL, **{field: value}).init, jax.random.key(0), jnp.zeros((1, 75, 75, 3)))
 
 
 @pytest.mark.parametrize("train", [False, True])

@@ -35,10 +35,13 @@ def densenet():
 
 
 def network_and_variables(name):
-    module = NETWORKS[name]
+    return NETWORKS[name], draw_variables(NETWORKS[name])
+
+
+def draw_variables(module):
+    """Return positive variables, the same ones at each call."""
     rng = np.random.default_rng(0)
-    variables = jax.tree.map(lambda a: rng.uniform(0.5, 1, a.shape).astype(np.float32), random_variables(module))
-    return module, variables
+    return jax.tree.map(lambda a: rng.uniform(0.5, 1, a.shape).astype(np.float32), random_variables(module))
 
 
 def layer_arrays(module, variables):
@@ -104,6 +107,42 @@ def test_numbered_groups(network, tmp_path, named):
     module, variables = network
     write_variables(tmp_path / "w.weights.h5", layer_arrays(module, variables), named)
     assert_loads(module, tmp_path / "w.weights.h5", variables)
+
+
+CUT = {"resnet": (ResNet((1, 2, 1, 1)), 8), "inception_resnet_v2": (NETWORKS["inception_resnet_v2"], 16)}
+
+
+def write_unnamed(path, layers):
+    write_variables(path, layers, named=False)
+
+
+@pytest.mark.parametrize("write", [write_groups, write_unnamed])
+@pytest.mark.parametrize("name", CUT)
+def test_a_cut_network_takes_the_first_layers(tmp_path, name, write):
+    whole, stride = CUT[name]
+    variables, module = draw_variables(whole), whole.clone(stride=stride)
+    layers = layer_arrays(whole, variables)
+    write(tmp_path / "w.weights.h5", layers)
+    expected = {
+        kind: {layer: variables[kind][layer] for layer in tree} for kind, tree in random_variables(module).items()
+    }
+    assert len(expected["params"]) < len(variables["params"])
+    assert_loads(module, tmp_path / "w.weights.h5", expected)
+    assert_loads(whole.clone(stride=stride, stride_by="dilate"), tmp_path / "w.weights.h5", variables)
+
+
+@pytest.mark.parametrize(("missing", "place"), [("conv3_block2_2_conv", "stage2_block2/conv2/kernel"), (None, None)])
+def test_a_cut_network_takes_no_other_file(tmp_path, missing, place):
+    whole, stride = CUT["resnet"]
+    layers = [layer for layer in layer_arrays(whole, draw_variables(whole)) if layer[0] != missing]
+    if missing:
+        message = f"no array for params/{place}"
+    else:
+        layers.append(("conv6_block1_1_conv", CONV, {"kernel": np.ones((1, 1, 8, 8), "f")}))
+        message = "'conv6_block1_1_conv/kernel:0' .* has no place"
+    write_groups(tmp_path / "w.h5", layers)
+    with pytest.raises(UserError, match=message):
+        load_variables(whole.clone(stride=stride), tmp_path / "w.h5", "resnet50")
 
 
 def test_names_win_over_order(network, tmp_path):
@@ -252,6 +291,47 @@ def test_a_huge_claim_is_refused_unread(densenet, tmp_path):
         file["conv1_conv"].create_dataset("conv1_conv/kernel:0", (2**20, 2**20, 3, 64), "f4", chunks=(1, 1, 3, 64))
     with pytest.raises(UserError, match="does not fit"):
         load_variables(module, tmp_path / "w.h5", "densenet121")
+
+
+@pytest.mark.parametrize("write", [write_groups, write_unnamed])
+@pytest.mark.parametrize(("stride", "norm"), [(8, "transition2"), (16, "transition3"), (32, "")])
+def test_a_cut_densenet_takes_the_first_stages_of_the_whole_files(tmp_path, write, stride, norm):
+    """Its closing norm is the one that the whole network has there."""
+    module = DenseNet((1, 2, 1, 1))
+    whole, path = draw_variables(module), tmp_path / "w.h5"
+    write(path, layer_arrays(module, whole))
+    found = load_variables(module.clone(stride=stride), path, "densenet121")
+    shapes = jax.eval_shape(module.clone(stride=stride).init, jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32))
+    assert jax.tree.map(np.shape, found) == jax.tree.map(np.shape, shapes)
+    for kind, tree in found.items():
+        expected = {part: whole[kind][part] for part in tree}
+        if norm:
+            expected["norm"] = whole[kind][norm]["norm"]
+        jax.tree.map(np.testing.assert_array_equal, tree, expected)
+
+
+@pytest.mark.parametrize("stride", [16, 8])
+def test_a_dilated_densenet_takes_the_whole_file(densenet, tmp_path, stride):
+    module, variables = densenet
+    write_groups(tmp_path / "w.h5", layer_arrays(module, variables))
+    dilated = module.clone(stride=stride, stride_by="dilate")
+    jax.tree.map(np.testing.assert_array_equal, load_variables(dilated, tmp_path / "w.h5", "densenet121"), variables)
+
+
+def test_a_cut_densenet_refuses_files_of_other_networks(tmp_path):
+    """The kept stages alone would fit; what the whole network has behind them must be there, and nothing more."""
+    module = DenseNet((1, 1, 2, 1))
+    layers = layer_arrays(module, random_variables(module))
+    write_groups(tmp_path / "w.h5", layers)
+    cut = module.clone(stride=8)
+    load_variables(cut, tmp_path / "w.h5", "densenet121")
+    for other, word in (((1, 1, 1, 1), "'conv4_block2.*has no place"), ((1, 1, 3, 1), "no layer 'conv4_block3_0_bn'")):
+        with pytest.raises(UserError, match=word):
+            load_variables(cut.clone(num_layers=other), tmp_path / "w.h5", "densenet121")
+    for missing in ("conv2_block1_0_bn", "pool3_bn"):
+        write_groups(tmp_path / "less.h5", [layer for layer in layers if layer[0] != missing])
+        with pytest.raises(UserError, match=f"no array for .*{missing}"):
+            load_variables(cut, tmp_path / "less.h5", "densenet121")
 
 
 def test_files_that_are_no_weights(tmp_path):

@@ -65,6 +65,47 @@ def test_features_small(written, backbone):
     check_inference(written, backbone, SMALLEST[backbone], SMALLEST[backbone] + 22, QUICK)
 
 
+STAGE_ENDS = {
+    "densenet121": {8: "pool3_relu", 16: "pool4_relu"},
+    "resnet50": {8: "conv3_block4_out", 16: "conv4_block6_out"},
+    "inception_resnet_v2": {8: "block35_10_ac", 16: "block17_20_ac"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", STAGE_ENDS)
+def test_a_cut_network_ends_at_a_layer_of_keras(written, backbone, tmp_path):
+    model, whole = written(backbone)
+    model.save(tmp_path / "groups.h5")
+    images = random_images(2, 1, SMALLEST[backbone], SMALLEST[backbone] + 22)
+    ends = [model.get_layer(name).output for name in STAGE_ENDS[backbone].values()]
+    theirs = reference.infer(reference.keras.Model(model.inputs, ends), images, QUICK)
+    for stride, expected in zip(STAGE_ENDS[backbone], theirs, strict=True):
+        module = BACKBONES[backbone](stride=stride)
+        variables = load_variables(module, tmp_path / "groups.h5", backbone)
+        for kind, tree in variables.items():
+            expected_tree = {name: whole[kind][name] for name in tree}
+            if backbone == "densenet121":  # closed by the norm of the transition there
+                expected_tree["norm"] = whole[kind][f"transition{len(module.kept_layers)}"]["norm"]
+            jax.tree.map(np.testing.assert_array_equal, tree, expected_tree)
+        features = jax.jit(module.apply, compiler_options=QUICK)(variables, images)
+        assert_same_features(np.asarray(features), expected)
+        assert module.num_features == features.shape[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", STAGE_ENDS)
+def test_dilated_cells_are_those_of_keras(written, backbone, tmp_path):
+    model, _ = written(backbone)
+    model.save(tmp_path / "groups.h5")
+    images = random_images(2, 1, SMALLEST[backbone] + 32, SMALLEST[backbone] + 22)
+    expected = reference.infer(model, images, QUICK)
+    module = BACKBONES[backbone](stride=8, stride_by="dilate")
+    variables = load_variables(module, tmp_path / "groups.h5", backbone)
+    features = jax.jit(module.apply, compiler_options=QUICK)(variables, images)
+    assert_same_features(np.asarray(features)[:, ::4, ::4], expected)
+
+
 @pytest.mark.parametrize("backbone", SMALLEST)
 def test_preprocessing(backbone):
     grey = np.random.default_rng(8).integers(0, 256, (2, 9, 7, 1), np.uint8)

@@ -9,7 +9,7 @@ from conftest import REAL
 from quick import slow
 from scipy import ndimage
 
-from cxa_jax import localization
+from cxa_jax import heat_maps, localization
 from cxa_jax.boxes import compute_coverage, scale_boxes
 from cxa_jax.errors import UserError
 
@@ -50,6 +50,35 @@ def test_energy_is_the_share_in_the_box_over_the_boxs_share_and_one_for_a_flat_m
     region = compute_coverage(boxes[0], 224, 224)
     expected = (values * region).sum() / values.sum() / (boxes[0, 2] * boxes[0, 3] / 224**2)
     assert _score(maps, boxes, patients).energy_ratio[0] == pytest.approx(expected)
+
+
+def test_magnitudes_count_whichever_way_they_speak():
+    maps, boxes, patients = _draw_scene(9)
+    signed = maps * np.random.default_rng(9).choice([-1, 1], (12, 1, 1))
+    absolute, same = (
+        _score(signed, boxes, patients, scaling="absolute"),
+        _score(maps, boxes, patients, scaling="absolute"),
+    )
+    for name, values in vars(same).items():
+        np.testing.assert_array_equal(getattr(absolute, name), values)
+    cut = _score(signed, boxes, patients, scaling="positive")
+    negative = signed.sum((1, 2)) < 0
+    assert 0 < negative.sum() < 12 and not cut.pointing[negative].any() and absolute.pointing.all()
+    assert np.isnan(cut.energy_ratio[negative]).all() and absolute.energy_ratio.min() > 1.5
+
+
+def test_several_rules_at_once_are_those_rules_one_by_one():
+    maps, boxes, patients = _draw_scene(10)
+    maps = 0.6 + 0.3 * maps
+    rules = ["wang", "half_max", "p85_all", 0.7, heat_maps.Rule("level", 0.5, scaling="min_max")]
+    together = localization.score_maps_by_rules(maps, boxes, patients, 224, 32, 14, rules, scaling="unit")
+    for rule, found in zip(rules, together, strict=True):
+        alone = _score(maps, boxes, patients, rule, scaling="unit")
+        for name, values in vars(alone).items():
+            np.testing.assert_array_equal(getattr(found, name), values)
+    stretched = _score(maps, boxes, patients, 0.5, scaling="min_max")
+    np.testing.assert_array_equal(together[-1].iou, stretched.iou)  # its boxes are of the stretched map
+    np.testing.assert_array_equal(together[-1].energy_ratio, together[0].energy_ratio)  # its energy is not
 
 
 def test_energy_over_a_heart_mask():

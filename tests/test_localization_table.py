@@ -11,9 +11,12 @@ from cxa_jax.errors import UserError
 from cxa_jax.localization import score_boxes, summarize
 from cxa_jax.localization_table import (
     GAIN,
+    MAP_CONTROL_METRICS,
+    find_answering_rule,
     find_leading_map,
     is_control,
     read_localization,
+    split_control,
     summarize_tables,
     write_localization,
 )
@@ -43,11 +46,10 @@ def test_one_run_is_summed_up_as_its_scores_are(tables):
         assert report[which]["num_images"] == [len(tables[0].ids[keep])]
         expected = summarize(tables[0].scores["evidence", "half_max"].subset(keep), num_resamples=50)
         found = report[which]["rules"]["half_max"]["evidence"]
-        assert found["mean_iou"]["estimate"] == expected["mean_iou"].estimate
-        assert (found["pointing"]["low"], found["pointing"]["high"]) == (
-            expected["pointing"].low,
-            expected["pointing"].high,
-        )
+        for metric, interval in expected.items():
+            if found[metric] is not None:
+                ends = {end: getattr(interval, end) for end in found[metric]}
+                assert found[metric] == pytest.approx(ends, rel=1e-12)
         assert found["heart_energy_ratio"] is None  # undefined without masks: not 0
 
 
@@ -65,9 +67,48 @@ def test_the_gain_over_the_median_box_is_paired(tables):
     control, own = (tables[0].scores[name, "half_max"] for name in ("median_box", "attention"))
     expected = bootstrap_means({"gain": own.iou - control.iou}, own.patients, num_resamples=300)["gain"]
     gain = rules["attention"][GAIN]
-    assert (gain["estimate"], gain["low"], gain["high"]) == (expected.estimate, expected.low, expected.high)
+    assert gain == pytest.approx({end: getattr(expected, end) for end in gain}, rel=1e-12)
     assert gain["estimate"] == pytest.approx(rules["attention"]["mean_iou"]["estimate"] - control.iou.mean())
     assert not any(GAIN in rules[name] for name in rules if is_control(name))
+
+
+def test_gains_over_a_maps_own_controls_are_paired(tables):
+    rules = summarize_tables(tables[:1], num_resamples=200, seed=0)["all_boxed"]["rules"]["half_max"]
+    own = tables[0].scores["evidence_absolute", "half_max"]
+    for control in ("random_weights", "mean_map", "shuffled"):
+        other = tables[0].scores[f"{control}_evidence_absolute", "half_max"]
+        for metric in ("iou", "pointing", "energy_ratio"):
+            gains = {"gain": getattr(own, metric) - getattr(other, metric)}
+            expected = bootstrap_means(gains, own.patients, num_resamples=200)["gain"]
+            found = rules["evidence_absolute"][f"{metric}_above_{control}"]
+            # Sums over images are of other matrices, so their rounding differs.
+            assert found == pytest.approx({end: getattr(expected, end) for end in found}, rel=1e-12)
+            assert metric == "pointing" or expected.low < expected.high  # all boxes are one: no two maps aim apart
+    pair = summarize_tables(tables, num_resamples=200, seed=0)["all_boxed"]["rules"]["half_max"]
+    each = [
+        np.mean(t.scores["grad_cam", "half_max"].energy_ratio - t.scores["shuffled_grad_cam", "half_max"].energy_ratio)
+        for t in tables
+    ]
+    gain = pair["grad_cam"]["energy_ratio_above_shuffled"]
+    assert gain["estimate"] == pytest.approx(np.mean(each)) and gain["low"] < gain["estimate"] < gain["high"]
+    assert set(rules["shuffled_evidence"]) == set(MAP_CONTROL_METRICS)
+
+
+def test_a_control_that_one_of_the_runs_lacks_gives_no_gain(tables):
+    old = {key: values for key, values in tables[1].scores.items() if not key[0].startswith("shuffled_")}
+    pair = [tables[0], dataclasses.replace(tables[1], scores=old)]
+    for some in (pair, pair[::-1]):
+        found = summarize_tables(some, num_resamples=20, seed=0)["all_boxed"]["rules"]["half_max"]["attention"]
+        assert "iou_above_shuffled" not in found and "iou_above_mean_map" in found
+
+
+def test_the_rule_that_answers_is_fixed_beforehand(tables):
+    maps = {"attention": 0, "median_box": 0}
+    assert find_answering_rule({"half_max": maps, "wang": maps}) == "half_max"
+    assert find_answering_rule({"half_max": maps, "phantom_tuned": maps}) == "phantom_tuned"
+    assert find_answering_rule({"half_max": maps, "phantom_tuned": {"median_box": 0}}) == "half_max"
+    assert find_answering_rule({"half_max": {"shuffled_attention": 0}}) is None
+    assert tables[0].answering_rule == "phantom_tuned"
 
 
 def test_a_single_boxed_patient_has_no_control_and_no_crash(tables):
@@ -95,6 +136,9 @@ def test_maps_that_one_of_the_runs_lacks_are_left_out(tables):
 
 def test_controls_are_known_by_name():
     assert all(map(is_control, ("median_box", "image_centre", "random_map", "grid_box", "random_weights_attention")))
+    assert is_control("shuffled_evidence") and is_control("mean_map_cam")
+    assert split_control("random_weights_grad_cam") == ("random_weights", "grad_cam")
+    assert split_control("weights") == (None, "weights")
     assert not any(map(is_control, ("attention", "weights", "evidence", "cam", "grad_cam")))
 
 

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import pathlib
 import re
+import sys
 
 import flax.linen as nn
 import jax
@@ -25,6 +26,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def load_page():
+    sys.path.append(str(ROOT / "docs"))  # for what the page imports from beside it
     spec = importlib.util.spec_from_file_location("make_models_page", ROOT / "docs/make_models_page.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -9,12 +9,14 @@ import pytest
 import tiny
 from sklearn.metrics import log_loss, roc_auc_score
 
-from cxa_jax import figures, map_evaluation, map_levels, outputs, run_metrics, summary
+from cxa_jax import figures, map_controls, map_evaluation, map_rules, outputs, run_metrics, summary
 from cxa_jax import run as run_module
 from cxa_jax.errors import UserError
 from cxa_jax.evaluate import Predictions, compute_loss, evaluate_split
+from cxa_jax.heat_maps import Rule
 from cxa_jax.localization import score_maps
 from cxa_jax.metric_writer import write_history
+from cxa_jax.scored_maps import derive_maps
 from cxa_jax.workdir import to_json
 
 
@@ -66,67 +68,97 @@ def test_loss_is_scikit_learns(seed):
 
 def test_numbers_of_a_run(run, predicted, tmp_path):
     dev, test = predicted["dev"], predicted["test"]
-    tuned = map_levels.tune_levels(run, dev, map_evaluation.find_boxed_images(run.dataset.splits["dev"]))
-    levels = map_levels.find_levels(run, tuned)
-    boxes = outputs.save_localization(run, dev.to_table(), test, tmp_path, levels)
-    numbers = run_metrics.compute_run_metrics(run, dev.to_table(), test.to_table(), boxes, levels)
+    tuned = map_rules.tune_rules(run, dev, map_evaluation.find_boxed_images(run.dataset.splits["dev"]))
+    rules, variables = map_rules.find_rules(run, tuned), run.create_state().variables
+    boxes = outputs.save_localization(run, variables, dev.to_table(), test, tmp_path, rules)
+    numbers = run_metrics.compute_run_metrics(run, dev.to_table(), test.to_table(), boxes)
     text = json.loads(to_json(numbers), parse_constant=pytest.fail)
     assert text["test"]["auroc"]["estimate"] == pytest.approx(roc_auc_score(test.label, test.score))
     assert text["test"]["at_0.5"]["threshold"] == 0.5
     assert text["phantom"] is True and text["fingerprint"] == "fingerprint0"
     maps = text["localization"]["all_boxed"]["rules"]["half_max"]
-    own = {"attention", "weights", "evidence", "grad_cam"}
-    assert set(maps) - {f"random_weights_{name}" for name in own} == own | {
-        "median_box",
-        "image_centre",
-        "random_map",
-        "grid_box",
-    }
+    own = {"attention", "weights", "grad_cam", "evidence", "attended_evidence"}
+    own |= {f"{name}_absolute" for name in ("evidence", "attended_evidence")}
+    beside = {f"{control}_{name}" for control in ("random_weights", "mean_map", "shuffled") for name in own}
+    assert set(maps) - beside == own | {"median_box", "image_centre", "random_map", "grid_box"} and beside <= set(maps)
+    assert not beside & set(text["localization"]["all_boxed"]["rules"]["otsu"])  # only where they answer
+    free = text["localization"]["threshold_free"]["maps"]
+    assert set(free) == own | beside | {"random_map"}
+    assert all(0 <= value["estimate"] <= 1 for row in free.values() for value in row.values())
+    assert free["attention"].keys() == {"max_box_acc_v2", *(f"max_box_acc_0.{n}" for n in (3, 5, 7)), "px_ap"}
+    gains = maps["attention"]["iou_above_random_weights"]["estimate"]  # the network is as untrained as its control
+    assert gains == pytest.approx(
+        maps["attention"]["mean_iou"]["estimate"] - maps["random_weights_attention"]["mean_iou"]["estimate"]
+    )
     assert set(text["localization"]["all_boxed"]["rules"]) == {"half_max", "otsu", "wang", "phantom_tuned"}
     at_level = text["localization"]["all_boxed"]["rules"]["phantom_tuned"]
-    assert set(at_level) == set(maps) and text["localization"]["levels"]["source"].startswith("dev hearts")
+    assert set(at_level) == set(maps) and text["localization"]["tuned_rules"]["source"].startswith("dev hearts")
     assert maps["median_box"]["mean_iou"]["estimate"] == pytest.approx(1)  # all tiny boxes are one box
     assert text["thumbnail_baseline"]["auroc"]["estimate"] > 0.9
     lines = summary.format_summary(numbers)
     assert "CHEST PHANTOM" in lines and "thumbnail" in lines and "AUROC" in lines
+    assert "boxes by phantom tuned" in lines and "less its mean map of training images: mean IoU" in lines
+    assert lines.endswith("A map that does not beat these has shown nothing.")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["localization_test.csv", "maps_test.npz"]
 
 
-def test_levels_are_tuned_on_dev_boxes_of_phantoms_alone(run, predicted):
+def test_rules_are_tuned_on_dev_boxes_of_phantoms_alone(run, predicted):
     dev = predicted["dev"]
     boxed = map_evaluation.find_boxed_images(run.dataset.splits["dev"])
-    tuned = map_levels.tune_levels(run, dev, boxed)
-    assert set(tuned) == set(dev.maps)
+    tuned = map_rules.tune_rules(run, dev, boxed)
+    assert set(tuned) == set(derive_maps(dev.maps))
     patients, backbone = dev.index["patient"][boxed.rows], run.model.backbone
     overlap = [
         score_maps(
-            dev.evidence[boxed.rows], boxed.boxes, patients, tiny.SIZE, backbone.stride, backbone.offset, level,
-            scaling="positive",
+            dev.evidence[boxed.rows], boxed.boxes, patients, tiny.SIZE, backbone.stride, backbone.offset,
+            Rule(kind, value, components), scaling="positive",
         ).iou.mean()
-        for level in map_levels.TUNED_LEVELS
+        for kind, value in map_rules.CUTS for components in ("largest", "all")
     ]  # fmt: skip
     assert tuned["evidence"]["mean_iou"] == pytest.approx(max(overlap))
+    assert tuned["evidence"]["num_images"] == len(boxed.rows) and tuned["evidence"]["scaling"] == "positive"
     xrays = dataclasses.replace(run, dataset=dataclasses.replace(run.dataset, name="chestxray14"))
-    assert map_levels.tune_levels(xrays, dev, boxed) is None
+    assert map_rules.tune_rules(xrays, dev, boxed) is None
 
 
-def test_xrays_take_the_levels_of_a_phantom_run(run, tmp_path):
+def test_xrays_take_the_rules_of_a_phantom_run(run, tmp_path):
     phantoms = tmp_path / "phantoms"
     phantoms.mkdir()
+    rule = Rule("percentile", 87.5, "all", "positive")
     facts = {
-        "phantom_tuned_levels": {"evidence": {"threshold": 0.35}},
+        "phantom_tuned_rules": {"evidence": rule._asdict() | {"mean_iou": 0.4, "num_images": 200}},
         "config": dict(run_config(run)),
         "image_size": 64,
     }
     (phantoms / "metrics.json").write_text(json.dumps(facts))
     config = tiny.make_config(**{"eval.levels_run": str(phantoms)})
     xrays = dataclasses.replace(run, config=config, dataset=dataclasses.replace(run.dataset, name="chestxray14"))
-    levels = map_levels.find_levels(xrays, None)
-    assert levels.levels == {"evidence": 0.35} and "phantoms" in levels.source and "64 px" in levels.source
+    rules = map_rules.find_rules(xrays, None)
+    assert rules.rules == {"evidence": rule} and "phantoms" in rules.source and "64 px" in rules.source
     (phantoms / "metrics.json").write_text("{}")
     with pytest.raises(UserError, match="eval.levels_run=.* is no tested run on chest phantoms"):
-        map_levels.find_levels(xrays, None)
-    assert map_levels.find_levels(dataclasses.replace(xrays, config=tiny.make_config()), None) is None
+        map_rules.find_rules(xrays, None)
+    (phantoms / "metrics.json").write_text('{"phantom_tuned_levels": {"evidence": {"threshold": 0.35}}}')
+    with pytest.raises(UserError, match="eval.levels_run=.* was tested by an older version.* --mode=evaluate"):
+        map_rules.find_rules(xrays, None)
+    assert map_rules.find_rules(dataclasses.replace(xrays, config=tiny.make_config()), None) is None
+
+
+def test_the_mean_map_is_that_of_the_training_images(run, monkeypatch):
+    monkeypatch.setattr(map_controls, "NUM_AVERAGED", 11)  # one batch and a part
+    variables = run.create_state().variables
+    means = map_controls.average_training_maps(run, variables)
+    split = run.dataset.splits["train"]
+    images = np.stack([split.source[row]["image"] for row in range(0, 44, 4)])
+    outputs_of = [run.eval_step(variables, images[rows]) for rows in (np.arange(8), np.arange(3, 11))]
+    maps = {name: np.concatenate([outputs_of[0][name], outputs_of[1][name][5:]]) for name in ("attention", "evidence")}
+    np.testing.assert_allclose(means["attention"], maps["attention"].mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(means["evidence_absolute"], np.abs(maps["evidence"]).mean(0), rtol=1e-3, atol=1e-6)
+    product = (maps["attention"] * maps["evidence"]).mean(0)
+    np.testing.assert_allclose(means["attended_evidence"], product, rtol=1e-3, atol=1e-6)
+    nothing = dataclasses.replace(split, source=[])
+    empty = dataclasses.replace(run.dataset, splits=run.dataset.splits | {"train": nothing})
+    assert map_controls.average_training_maps(dataclasses.replace(run, dataset=empty), variables) is None
 
 
 def run_config(run):

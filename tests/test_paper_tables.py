@@ -1,5 +1,6 @@
 """The paper's printed values, against the specification's text, and the intervals put on them."""
 
+import itertools
 import math
 import re
 
@@ -7,8 +8,11 @@ import numpy as np
 import pytest
 from conftest import REAL
 
+from configs import dense121
 from cxa_jax import paper_tables
+from cxa_jax.model_names import BACKBONE_NAMES, name_backbone, name_model, name_run
 from cxa_jax.prevalence import TABLE_4
+from cxa_jax.workdir import flatten_config
 
 SPECIFICATION = REAL.parent / "PAPER.md"
 
@@ -68,12 +72,34 @@ def test_a_value_is_judged_against_the_interval(value: float, verdict: str):
 
 def test_models_have_the_papers_names():
     names = {
-        paper_tables.name_model(backbone, pooling, head)
-        for backbone in paper_tables.BACKBONE_NAMES
+        name_model(backbone, pooling, head, 32, "cut")
+        for backbone in BACKBONE_NAMES
         for pooling, head in (("amm", "mlp"), ("gap", "linear"))
     }
     assert names == set(paper_tables.TABLE_5)
-    assert paper_tables.name_model("densenet121", "gap", "mlp") == "DenseNet121-gap-mlp"
+    assert name_model("densenet121", "gap", "mlp", 32, "cut") == "DenseNet121-gap-mlp"
+
+
+def test_no_other_stride_has_a_name_of_the_papers():
+    """A row of the paper is found by a name's first word."""
+    names = set()
+    for backbone, (pooling, head), stride, by in itertools.product(
+        BACKBONE_NAMES, (("amm", "mlp"), ("gap", "linear"), ("gap", "mlp")), (16, 8), ("cut", "dilate")
+    ):
+        name = name_model(backbone, pooling, head, stride, by)
+        assert paper_tables.find_paper_intervals(name.split(" ")[0]) == {}
+        names.add(name)
+    assert len(names) == 48
+    assert {"CXA_Dense121/8", "CXA_Dense121/8 dilated", "DenseNet121/16-GAP", "ResNet50/8-gap-mlp dilated"} < names
+
+
+def test_runs_are_named_by_their_configs():
+    config = flatten_config(dense121.get_config("stride8"))
+    assert (name_run(config), name_backbone(config)) == ("CXA_Dense121/8", "densenet121/8")
+    config |= {"model.stride_by": "dilate", "model.pooling": "gap", "model.head": "linear"}
+    assert (name_run(config), name_backbone(config)) == ("DenseNet121/8-GAP dilated", "densenet121/8 dilated")
+    older = {"model.backbone": "resnet50", "model.pooling": "amm", "model.head": "mlp"}
+    assert (name_run(older), name_backbone(older)) == ("CXA_Res50", "resnet50")
 
 
 def test_only_the_whole_test_list_is_comparable():

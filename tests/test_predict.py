@@ -143,9 +143,14 @@ def test_map_of_a_network_without_attention():
 def test_older_config_takes_defaults_and_foreign_fields_are_named(workdir, tmp_path):
     stored = json.loads((workdir[0] / "config.json").read_text())
     del stored["init"], stored["eval"]["overlay_intensity"]
+    for field in ("stride", "stride_by", "batch_norm_momentum", "attention_bound"):
+        del stored["model"][field]
     stored["train"]["from_the_future"] = 1
     (tmp_path / "config.json").write_text(json.dumps(stored))
-    assert read_run_config(tmp_path).eval.overlay_intensity == 0.2
+    config = read_run_config(tmp_path)
+    assert config.eval.overlay_intensity == 0.2
+    model = config.model
+    assert (model.stride, model.stride_by, model.batch_norm_momentum, model.attention_bound) == (32, "cut", 0.99, 0.0)
     stored["model"]["from_the_future"] = 1
     (tmp_path / "config.json").write_text(json.dumps(stored))
     with pytest.raises(UserError, match="model.from_the_future"):

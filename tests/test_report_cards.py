@@ -21,12 +21,20 @@ def make_report(mean_iou: float, auroc: float = 0.8) -> dict:
         "evidence": {  # of a higher score, and not asked
             "mean_iou": interval(0.95),
             GAIN: interval(0.31),
+            "pointing_above_median_box": interval(0.0),
             "pointing": interval(0.9),
             "energy_ratio": None,
         },
         "attention": {
             "mean_iou": interval(mean_iou),
             GAIN: interval(mean_iou - 0.64),
+            "pointing_above_median_box": interval(-0.5),
+            "iou_above_shuffled": interval(0.1),
+            "pointing_above_shuffled": interval(0.2),
+            "energy_ratio_above_shuffled": interval(0.3),
+            "iou_above_mean_map": interval(0.0),
+            "pointing_above_mean_map": None,
+            "energy_ratio_above_mean_map": None,
             "pointing": interval(0.5),
             "energy_ratio": interval(1.0),
         },
@@ -59,12 +67,37 @@ def make_report(mean_iou: float, auroc: float = 0.8) -> dict:
     return {"groups": [other, group], "baselines": [], "comparisons": [], "data": data}
 
 
-@pytest.mark.parametrize(("mean_iou", "verdict"), [(0.2, "worse than"), (0.65, "no better than"), (0.8, "better than")])
-def test_a_map_is_judged_against_the_constant_box_not_against_itself(mean_iou: float, verdict: str):
+BOX, MEAN, OTHER = "the median box of other patients", "its mean map of training images", "the map of another patient"
+
+
+@pytest.mark.parametrize(
+    ("mean_iou", "verdict"),
+    [
+        (0.2, f"beats {OTHER}, does not beat {MEAN}, and is worse than {BOX}"),
+        (0.65, f"beats {OTHER}, and does not beat {BOX} and {MEAN}"),
+        (0.8, f"beats {BOX} and {OTHER}, and does not beat {MEAN}"),
+    ],
+)
+def test_a_map_is_judged_against_its_controls_not_against_itself(mean_iou: float, verdict: str):
     where = write_cards(make_report(mean_iou))[2]
-    assert where.answer == f"attention W overlaps {verdict} a box that sees no image"
-    assert "85 boxed positives of 69 patients" in where.lines[0] and "[0.620, 0.660]" in where.lines[0]
-    assert f"difference, paired {mean_iou - 0.64:.3f}" in where.lines[0]
+    assert where.answer == f"attention W {verdict}, in overlap"
+    said = f"pointing 0.500 [0.480, 0.520], mean IoU {mean_iou:.3f} [{mean_iou - 0.02:.3f}, {mean_iou + 0.02:.3f}]"
+    assert "85 boxed positives of 69 patients" in where.lines[0] and said in where.lines[0]
+    gain = mean_iou - 0.64
+    assert where.lines[1].startswith(f"less {BOX}: mean IoU {gain:.3f} [") and "pointing -0.500" in where.lines[1]
+    assert where.lines[2:4] == [
+        f"less {MEAN}: mean IoU 0.000 [-0.020, 0.020]",
+        f"less {OTHER}: mean IoU 0.100 [0.080, 0.120], pointing 0.200 [0.180, 0.220]",
+    ]
+    assert where.lines[4] == "A map that does not beat these has shown nothing."
+
+
+def test_the_tuned_rule_answers_where_the_leading_map_has_it():
+    report = make_report(0.2)
+    part = report["groups"][0]["localization"]["all_boxed"]
+    part["rules"]["phantom_tuned"] = make_report(0.8)["groups"][0]["localization"]["all_boxed"]["rules"]["half_max"]
+    where = write_cards(report)[2]
+    assert "boxes by a rule tuned on phantoms" in where.lines[0] and "mean IoU 0.800" in where.lines[0]
 
 
 def test_the_best_model_comes_first_and_errors_are_counted():

@@ -81,6 +81,25 @@ def test_every_array_of_densenet121_has_its_place(tmp_path):
         load_torch_weights("resnet50", path, "imagenet_torch")
 
 
+@pytest.mark.parametrize(("stride", "norm"), [(8, "transition2"), (16, "transition3")])
+def test_cut_and_dilated_networks_take_the_whole_file(tmp_path, stride, norm):
+    path = save(tmp_path / "a.safetensors", make_state(LAYERS))
+    whole, dilated, cut = (
+        load_variables(DenseNet(LAYERS, **fields), path, "imagenet_torch")
+        for fields in ({}, {"stride": stride, "stride_by": "dilate"}, {"stride": stride})
+    )
+    jax.tree.map(np.testing.assert_array_equal, dilated, whole)
+    shapes = jax.eval_shape(
+        DenseNet(LAYERS, stride=stride).init, jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32)
+    )
+    assert jax.tree.map(np.shape, cut) == jax.tree.map(np.shape, shapes)
+    for kind, tree in cut.items():
+        expected = {part: whole[kind][part] for part in tree} | {"norm": whole[kind][norm]["norm"]}
+        jax.tree.map(np.testing.assert_array_equal, tree, expected)
+    with pytest.raises(UserError, match="is no DenseNet"):
+        load_variables(DenseNet((1, 2, 1, 2), stride=8), path, "imagenet_torch")
+
+
 def old_names(state):
     """Rename as torchvision before 0.3 and CheXNet's checkpoints: module.densenet121.features...norm.1.weight."""
     renamed = {re.sub(r"\.(norm|conv)([12])\.", r".\1.\2.", name): array for name, array in state.items()}

@@ -119,6 +119,7 @@ def test_workdir_holds_everything(uncut):
         "predictions_test.csv",
         "augmentation.png",
         "augmentation.pdf",
+        "box_readers.npz",
         "localization_test.csv",
         "maps_test.npz",
         "training_curves.png",

@@ -102,7 +102,10 @@ def test_other_fields_are_refused_by_name_unless_told(field, value, tmp_path):
     assert len(check_same_run(meta, config, "f", tmp_path)) == 1
 
 
-@pytest.mark.parametrize("field, value", [("backbone", "resnet50"), ("pooling", "gap"), ("head", "linear")])
+@pytest.mark.parametrize(
+    "field, value",
+    [("backbone", "resnet50"), ("stride", 8), ("stride_by", "dilate"), ("pooling", "gap"), ("head", "linear")],
+)
 def test_another_network_is_refused_even_if_told(field, value, tmp_path):
     config = dense121.get_config()
     meta = make_meta(config)

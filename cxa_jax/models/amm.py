@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from cxa_jax.models.layers import BATCH_NORM_MOMENTUM, batch_norm, conv
 from cxa_jax.pooling import average_pool_2x2_same
@@ -32,3 +33,11 @@ class AttentionMappingMechanism(nn.Module):
             x = nn.elu(conv(width, 1, use_bias=True, name=f"conv{i}")(x))
         x = average_pool_2x2_same(x)
         return normalized, conv(self.num_maps, 1, use_bias=True, name=f"conv{len(WIDTHS) + 1}")(x)
+
+
+def bound_logits(attention_logits: jax.Array, bound: float) -> jax.Array:
+    """Compute z -> b tanh(z / b), in (-b, b), of slope 1 at 0; with b = 0 z itself.
+
+    W then stays off 0 and 1, so that no cell is ever without a gradient, and p of Eq. (9) within a ratio of e^b.
+    """
+    return bound * jnp.tanh(attention_logits / bound) if bound else attention_logits

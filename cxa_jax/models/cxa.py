@@ -1,5 +1,7 @@
 """Cardio-XAttentionNet: backbone -> attention mapping -> weighted pooling -> head (Fig. 4, Table 3)."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from ml_collections import ConfigDict
 from cxa_jax.array_types import AttentionLogits, Features, Images, Logits, Pooled
 from cxa_jax.errors import UserError
 from cxa_jax.findings import CARDIOMEGALY, FINDINGS
-from cxa_jax.models.amm import EPSILON, AttentionMappingMechanism
+from cxa_jax.models.amm import EPSILON, AttentionMappingMechanism, bound_logits
 from cxa_jax.models.backbones import BACKBONES, select_implementation
 from cxa_jax.models.initialization import glorot_uniform
 from cxa_jax.models.kernel_tiles import is_available
@@ -72,9 +74,10 @@ class GatedAttention(nn.Module):
 class CardioXAttentionNet(nn.Module):
     """Classify X-rays and say where: images [B, H, W, 3] -> (logits [B], intermediates).
 
-    The intermediates are `features`, F or BN(F) as pooled, [B, h, w, C]; `attention_logits` z and `attention`
-    W = sigmoid(z), [B, h, w, 1]; `weights` p of the pooling, [B, h, w, 1 or C]; `pooled` f, [B, C]; all float32. Where
-    no attention branch is built (`pooling='gap'` and others) z is 0 everywhere, for which Eq. (9) is the plain average.
+    The intermediates are `features`, F or BN(F) as pooled, [B, h, w, C]; `attention_logits` z, bounded by
+    `attention_bound` unless that is 0, and `attention` W = sigmoid(z), [B, h, w, 1]; `weights` p of the pooling,
+    [B, h, w, 1 or C]; `pooled` f, [B, C]; all float32. Where no attention branch is built (`pooling='gap'` and others)
+    z is 0 everywhere, for which Eq. (9) is the plain average.
 
     With `num_labels=14` every finding has its own map, pooled vector and last weights. All of the above is then
     cardiomegaly's, and `finding_logits` [B, 14] and `finding_attention` [B, h, w, 14] have all of them.
@@ -91,6 +94,7 @@ class CardioXAttentionNet(nn.Module):
     value_range: tuple[float, float] = (0.0, 1.0)
     num_labels: int = 1
     batch_norm_momentum: float = BATCH_NORM_MOMENTUM
+    attention_bound: float = 0.0
 
     def setup(self) -> None:
         if self.pooling not in UNBRANCHED:
@@ -109,6 +113,7 @@ class CardioXAttentionNet(nn.Module):
         features = self.backbone(images, train=train)
         features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
         features, attention_logits = self._attend(features, train=train)
+        attention_logits = bound_logits(attention_logits, self.attention_bound)
         pooled, weights = POOLINGS[self.pooling](features, attention_logits)
         logits, of_findings = self.classify(pooled, train=train), {}
         if self.num_labels > 1:
@@ -190,6 +195,13 @@ def check_model(config: ConfigDict) -> None:
     for field in ("dropout", "batch_norm_momentum"):
         if not 0 <= config[field] < 1:
             raise UserError(f"config.model.{field}={config[field]} must be at least 0 and below 1")
+    if not 0 <= config.attention_bound < math.inf:
+        raise UserError(f"config.model.attention_bound={config.attention_bound} must be at least 0; 0 bounds nothing")
+    if config.attention_bound and config.pooling in FEATURES_ONLY:
+        raise UserError(
+            f"config.model.attention_bound={config.attention_bound} needs attention, "
+            f"and config.model.pooling={config.pooling!r} has none"
+        )
 
 
 def create_model(config: ConfigDict, *, remat: bool = False) -> CardioXAttentionNet:
@@ -211,4 +223,5 @@ def create_model(config: ConfigDict, *, remat: bool = False) -> CardioXAttention
         config.dropout,
         num_labels=LABELS[config.labels],
         batch_norm_momentum=config.batch_norm_momentum,
+        attention_bound=config.attention_bound,
     )

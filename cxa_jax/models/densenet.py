@@ -17,7 +17,7 @@ from cxa_jax.models.layers import (
     max_pool_3x3,
     remat,
 )
-from cxa_jax.models.strides import STRIDES, avg_pool_everywhere, check_stride
+from cxa_jax.models.strides import avg_pool_everywhere, check_stride, find_last_stride
 
 GROWTH = 32  # channels each layer adds
 BOTTLENECK = 4 * GROWTH  # channels after a layer's 1x1 convolution
@@ -113,12 +113,19 @@ class DenseNet(nn.Module):
 
         Of a dilated network it is the whole one's, so that its last cells are centred beyond the image.
         """
-        return (self.stride if self.stride_by == "cut" else STRIDES[0]) // 2 - 2
+        return find_last_stride(self.stride, self.stride_by) // 2 - 2
 
     @property
     def kept_layers(self) -> tuple[int, ...]:
         """The dense layers of the blocks that this network has."""
-        return self.num_layers[: self.stride.bit_length() - 2] if self.stride_by == "cut" else self.num_layers
+        return self.num_layers[: find_last_stride(self.stride, self.stride_by).bit_length() - 2]
+
+    def find_norm(self, block: int) -> tuple[str, ...]:
+        """Return the path of the norm behind a block, counted from 1: the closing one, or that of its transition.
+
+        A cut network's closing norm is where the whole one's transition has its own, of the same channels.
+        """
+        return ("norm",) if block == len(self.kept_layers) else (f"transition{block}", "norm")
 
     def find_dilation(self, block: int) -> int:
         """Return by how much the 3x3 convolutions of a block, counted from 1, are dilated."""

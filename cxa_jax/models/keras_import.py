@@ -13,6 +13,7 @@ from cxa_jax.errors import UserError
 from cxa_jax.models.backbones import BACKBONES
 from cxa_jax.models.keras_h5 import FileLayer, open_layers, read_array
 from cxa_jax.models.keras_layout import CONV, NORM, TOP_LAYERS, KerasLayer, canonical_names, keras_layers
+from cxa_jax.models.strides import STRIDE_BY, STRIDES, find_last_stride
 
 log = logging.getLogger(__name__)
 
@@ -37,16 +38,21 @@ PLACES = {
 Path = tuple[str, ...]
 
 
-def load_keras_weights(backbone: str, path: str | pathlib.Path) -> dict[str, Any]:
-    """Read a Keras weight file as the variables of `BACKBONES[backbone]()`.
+def load_keras_weights(
+    backbone: str, path: str | pathlib.Path, stride: int = STRIDES[0], stride_by: str = STRIDE_BY[0]
+) -> dict[str, Any]:
+    """Read a Keras weight file as the variables of `BACKBONES[backbone](stride=stride, stride_by=stride_by)`.
 
     Reads the published applications files (`*_notop.h5`, layer groups), `model.save('x.h5')` and Keras 3's
     `.weights.h5`. Layers are matched by name where the file's names are the network's, else by their order among the
-    layers of their kind. The classifier of a full file is dropped.
+    layers of their kind. The classifier of a full file is dropped. Files are of the whole network; of a cut one the
+    layers behind its end must be there too, and are left out.
 
     Args:
       backbone: a name in BACKBONES.
       path: the HDF5 file.
+      stride: px between cells, of STRIDES.
+      stride_by: 'cut' or 'dilate', how that stride is made.
 
     Returns:
       {'params': ..., 'batch_stats': ...}, numpy float32, for `apply(variables, images, train=False)`.
@@ -56,7 +62,7 @@ def load_keras_weights(backbone: str, path: str | pathlib.Path) -> dict[str, Any
     """
     if backbone not in BACKBONES:
         raise UserError(f"backbone {backbone!r} is not one of {', '.join(BACKBONES)}")
-    return load_variables(BACKBONES[backbone](), path, backbone)
+    return load_variables(BACKBONES[backbone](stride=stride, stride_by=stride_by), path, backbone)
 
 
 def load_variables(module: nn.Module, path: str | pathlib.Path, name: str) -> dict[str, Any]:
@@ -65,7 +71,8 @@ def load_variables(module: nn.Module, path: str | pathlib.Path, name: str) -> di
         images = jnp.zeros((1, 96, 96, 3))
         places = _flatten(jax.eval_shape(lambda: module.init(jax.random.key(0), images)))
         try:
-            values = _match_arrays(keras_layers(module), _drop_top(path, file_layers), places)
+            is_cut = find_last_stride(module.stride, module.stride_by) < STRIDES[0]
+            values = _match_arrays(keras_layers(module), _drop_top(path, file_layers), places, is_cut=is_cut)
         except _Mismatch as mismatch:
             raise UserError(f"{path} does not hold the weights of {name}: {mismatch}") from None
     return _unflatten(values)
@@ -76,13 +83,17 @@ class _Mismatch(Exception):
 
 
 def _match_arrays(
-    layers: list[KerasLayer], file_layers: list[FileLayer], places: dict[Path, jax.ShapeDtypeStruct]
+    layers: list[KerasLayer], file_layers: list[FileLayer], places: dict[Path, jax.ShapeDtypeStruct], *, is_cut: bool
 ) -> dict[Path, np.ndarray]:
     values: dict[Path, np.ndarray] = {}
     pairs, left_over = _pair_layers(layers, file_layers)
     for layer, file_layer in pairs:
         slots = [(role, (top, *layer.path, leaf)) for role, (top, leaf) in PLACES[layer.kind].items()]
         slots = [(role, place) for role, place in slots if place in places]
+        if not slots and is_cut:  # a layer of the whole network, behind the end of this one
+            if file_layer is None:
+                raise _Mismatch(f"no layer '{layer.name}', which the whole network has")
+            continue
         for k, (role, place) in enumerate(slots):
             expected = f"{'/'.join(place)} {places[place].shape} (Keras: {layer.name}/{role})"
             if file_layer is None or k >= len(file_layer.arrays):

@@ -27,10 +27,11 @@ def keras_layers(backbone: nn.Module) -> list[KerasLayer]:
     """List the layers of a backbone, those of one kind in the order of Keras' `model.layers` and so of weight files.
 
     That order is by distance from the output, so the layers of parallel branches alternate. Automatic names are in the
-    order of creation, branch by branch, and counted from 0: 'conv2d_0'.
+    order of creation, branch by branch, and counted from 0: 'conv2d_0'. Of a cut backbone these are the whole network's
+    layers, as files have them; nothing of it stands at the paths behind its last stage.
     """
     if isinstance(backbone, DenseNet):
-        return list(_densenet(backbone.num_layers))
+        return list(_densenet(backbone))
     if isinstance(backbone, ResNet):
         return list(_resnet(backbone.num_blocks))
     if isinstance(backbone, inception.InceptionResNetV2):
@@ -38,12 +39,12 @@ def keras_layers(backbone: nn.Module) -> list[KerasLayer]:
     raise TypeError(f"{type(backbone).__name__} has no counterpart among the Keras applications")
 
 
-def _densenet(num_layers: Sequence[int]) -> Iterator[KerasLayer]:
+def _densenet(backbone: DenseNet) -> Iterator[KerasLayer]:
     yield KerasLayer("conv1_conv", CONV, ("stem_conv",))
     yield KerasLayer("conv1_bn", NORM, ("stem_norm",))
-    for i, n in enumerate(num_layers, start=1):
+    for i, n in enumerate(backbone.num_layers, start=1):
         if i > 1:
-            yield KerasLayer(f"pool{i}_bn", NORM, (f"transition{i - 1}", "norm"))
+            yield KerasLayer(f"pool{i}_bn", NORM, backbone.find_norm(i - 1))
             yield KerasLayer(f"pool{i}_conv", CONV, (f"transition{i - 1}", "conv"))
         for j in range(1, n + 1):
             name, path = f"conv{i + 1}_block{j}", (f"block{i}", f"layer{j}")
@@ -51,7 +52,7 @@ def _densenet(num_layers: Sequence[int]) -> Iterator[KerasLayer]:
             yield KerasLayer(f"{name}_1_conv", CONV, (*path, "conv1"))
             yield KerasLayer(f"{name}_1_bn", NORM, (*path, "norm2"))
             yield KerasLayer(f"{name}_2_conv", CONV, (*path, "conv2"))
-    yield KerasLayer("bn", NORM, ("norm",))
+    yield KerasLayer("bn", NORM, backbone.find_norm(len(backbone.num_layers)))
 
 
 def _resnet(num_blocks: Sequence[int]) -> Iterator[KerasLayer]:

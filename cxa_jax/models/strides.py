@@ -24,9 +24,9 @@ def check_stride(stride: int, stride_by: str) -> None:
         raise UserError(f"config.model.stride_by={stride_by!r} is not one of {', '.join(STRIDE_BY)}")
 
 
-def is_cut(stride: int, stride_by: str) -> bool:
-    """Return whether the network ends before its last stage."""
-    return stride_by == "cut" and stride < STRIDES[0]
+def find_last_stride(stride: int, stride_by: str) -> int:
+    """Return the stride in px that the last stage of this network has in the whole one: less than 32 if it is cut."""
+    return stride if stride_by == "cut" else STRIDES[0]
 
 
 def avg_pool_everywhere(x: jax.Array, spacing: int) -> jax.Array:
