@@ -18,7 +18,6 @@ from cxa_jax.device_memory import naming_exhaustion
 from cxa_jax.predictions import ATTRIBUTES, PredictionTable
 from cxa_jax.sharding import own_rows, put_batch
 
-
 MAPS = ("attention", "attention_logits", "weights", "evidence", "cam", "grad_cam")
 
 
@@ -36,7 +35,7 @@ class Predictions:
       weights: p of the pooling, averaged over channels where each has its own, float32 [N, h, w], non-negative.
       grad_cam: Grad-CAM through pooling and head, float32 [N, h, w].
       attention_logits: z, float32 [N, h, w]; None where the pooling reads features alone.
-      cam: class-activation map, float32 [N, h, w]; None unless the head is linear.
+      cam: class-activation map, linearised unless the head is linear, float32 [N, h, w].
       finding_logits: float32 [N, 14], of the findings in their order; None unless the network has a map for each.
     """
 

@@ -89,6 +89,24 @@ def class_activation_map(features: Features, kernel: Kernel) -> Evidence:
     return jnp.einsum("bhwk,k->bhw", features, kernel, precision=_HIGHEST)
 
 
+def linearized_activation_map(head: Head, features: Features, pooled: Pooled) -> Evidence:
+    """Compute the class-activation map of any head, linearised at f: ``m_i = <g, F_i>`` with ``g = dl/df`` at f.
+
+    Of a linear head g is its kernel, and this is `class_activation_map`. It is the evidence without p: what a cell would
+    say if the attention looked at all cells alike.
+
+    Args:
+      head: [B, C] -> [B].
+      features: F, [B, h, w, C], as they were pooled.
+      pooled: f, [B, C].
+
+    Returns:
+      m, [B, h, w], in logits.
+    """
+    features, gradient = at_least_float32(features), _head_gradient(head, at_least_float32(pooled))
+    return jnp.einsum("bhwk,bk->bhw", features, gradient, precision=_HIGHEST)
+
+
 def grad_cam(feature_head: FeatureHead, features: Features, *, rectify: bool = True) -> Evidence:
     """Compute Grad-CAM (Selvaraju et al. 2017): ``relu(sum_k a_k F_ik)``, ``a_k = mean_i dl/dF_ik``.
 

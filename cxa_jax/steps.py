@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from cxa_jax.array_types import Batch, Images, PyTree
 from cxa_jax.averaged_copies import average_copies, choose_copies
 from cxa_jax.data.augment import augment, image_keys, normalize_images, to_rgb
-from cxa_jax.evidence import class_activation_map, grad_cam, linearized_evidence
+from cxa_jax.evidence import grad_cam, linearized_activation_map, linearized_evidence
 from cxa_jax.losses import Loss, mean_loss_of_others, weighted_binary_cross_entropy
 from cxa_jax.models.cxa import CardioXAttentionNet
 from cxa_jax.optimizer import average_step_size
@@ -216,7 +216,7 @@ def make_eval_step(
 
     The maps: `attention`, W in [0, 1]; `weights`, p of the pooling, its mean over channels where each has its own;
     `evidence`, the linearised class evidence of each cell, in logits; `grad_cam`, through pooling and head with p held
-    fixed; with a linear head also `cam`, the class-activation map.
+    fixed; `cam`, the class-activation map of a linear head, of another one linearised at the pooled features.
 
     With more than one of `num_copies` logits and maps are averages over copies of each image
     (`cxa_jax.averaged_copies`); then no map adds up to the logit exactly.
@@ -230,12 +230,11 @@ def make_eval_step(
             "attention": out["attention"][..., 0],
             "weights": jnp.mean(weights, axis=-1),
             "evidence": linearized_evidence(head, features, weights, pooled),
+            "cam": linearized_activation_map(head, features, pooled),
             "grad_cam": grad_cam(lambda features: head(jnp.sum(weights * features, axis=(1, 2))), features),
         }
         if model.pooling not in FEATURES_ONLY:
             maps["attention_logits"] = out["attention_logits"][..., 0]
-        if model.head == "linear":  # whose gradient is its kernel, at any pooled features
-            maps["cam"] = class_activation_map(features, jax.grad(lambda row: head(row[None])[0])(pooled[0]))
         finding_logits = {name: out[name] for name in ("finding_logits",) if name in out}
         return {"logit": logits} | maps | finding_logits
 
