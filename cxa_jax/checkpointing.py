@@ -168,41 +168,34 @@ class Checkpoints:
 
     def restore_variables(self, abstract: dict[str, PyTree]) -> tuple[dict[str, PyTree], dict[str, Any]] | None:
         """Restore only what is evaluated: {'params', 'batch_stats'}, averaged and fitted if it has such, and `meta`."""
-
-        def restore_step(step: int) -> tuple[dict[str, PyTree], dict[str, Any]]:
-            names = self._find_evaluated(step)
-            items = self._read(step, {names[name]: abstract[name] for name in names})
-            return {name: items[names[name]] for name in names}, items["meta"]
-
-        return self._first_sound(restore_step)
+        return self._first_sound(lambda step: self._read_evaluated(step, lambda name, _: abstract[name]))
 
     def restore_as_saved(self, sharding: jax.sharding.Sharding) -> dict[str, PyTree] | None:
         """Restore what `restore_variables` does in the shapes it was saved in, all with one sharding."""
 
         def restore_step(step: int) -> dict[str, PyTree]:
-            saved, names = self._manager.item_metadata(step), self._find_evaluated(step)
-            mould = {
-                kind: jax.tree.map(
-                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), saved[kind].tree
-                )
-                for kind in names.values()
-            }
-            items = self._read(step, mould)
-            return {name: items[names[name]] for name in names}
+            saved = self._manager.item_metadata(step)
+
+            def make_mould(_: str, item: str) -> PyTree:
+                shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+                return jax.tree.map(shape, saved[item].tree)
+
+            return self._read_evaluated(step, make_mould)[0]
 
         return self._first_sound(restore_step)
 
+    def _read_evaluated(
+        self, step: int, make_mould: Callable[[str, str], PyTree]
+    ) -> tuple[dict[str, PyTree], dict[str, Any]]:
+        """Return what is evaluated, and `meta`; a mould is made of what is wanted and the item that holds it."""
+        held = {name: other if self._holds(step, other) else name for name, other in EVALUATED.items()}
+        items = self._read(step, {item: make_mould(name, item) for name, item in held.items()})
+        return {name: items[item] for name, item in held.items()}, items["meta"]
+
     def _holds(self, step: int, name: str) -> bool:
         """Return whether a checkpoint was saved with an item; of a missing one that was, reading finds the damage."""
-        return name in self._read_meta(step).get(DIGESTS, {})
-
-    def _find_evaluated(self, step: int) -> dict[str, str]:
-        """Return by which items a checkpoint holds what is evaluated."""
-        return {name: other if self._holds(step, other) else name for name, other in EVALUATED.items()}
-
-    def _read_meta(self, step: int) -> dict[str, Any]:
-        """Return `meta` as it is on disk, not yet compared with its SHA-256."""
-        return dict(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        return name in meta.get(DIGESTS, {})
 
     def _read(self, step: int, moulds: dict[str, PyTree]) -> dict[str, Any]:
         """Return the arrays that `moulds` names, and `meta`; raise ValueError if one is not what was saved."""

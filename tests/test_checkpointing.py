@@ -206,6 +206,30 @@ def test_a_flipped_bit_in_the_name_of_the_digests_is_damage(tmp_path):
                 checkpoints.restore(abstract(make_state(0)))
 
 
+def test_averaged_and_fitted_are_read_in_place_of_what_they_stand_for(tmp_path):
+    plain, other = make_state(3), make_state(4)
+    state = plain.replace(averaged_params=other.params, fitted_stats=other.batch_stats)
+    mould = abstract(plain)
+    with Checkpoints(tmp_path, "best") as checkpoints:
+        checkpoints.save(state, {})
+        variables, _ = checkpoints.restore_variables({"params": mould.params, "batch_stats": mould.batch_stats})
+        jax.tree.map(np.testing.assert_array_equal, variables, other.variables)
+        as_saved = checkpoints.restore_as_saved(plain.step.sharding)
+        jax.tree.map(np.testing.assert_array_equal, as_saved, other.variables)
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(abstract(state))[0], state)
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(mould)[0], plain)
+    path = tmp_path / "checkpoints/best/3/meta/metadata"
+    sound = path.read_bytes()
+    place = sound.index(b'"averaged_params"') + 1
+    for byte in range(place, place + len("averaged_params"), 3):  # else the last step's would be taken, and not a word
+        altered = bytearray(sound)
+        altered[byte] ^= 1
+        path.write_bytes(altered)
+        with Checkpoints(tmp_path, "best", read_only=True) as checkpoints:
+            with pytest.raises(UserError, match="no checkpoint can be read"):
+                checkpoints.restore_variables({"params": mould.params, "batch_stats": mould.batch_stats})
+
+
 def test_a_checkpoint_of_before_digests_is_read(tmp_path):
     with Checkpoints(tmp_path, "latest") as checkpoints:
         checkpoints.save(make_state(1), {"a": 1})
