@@ -28,7 +28,7 @@ TUNED = "phantom_tuned"  # the rule that was tuned on phantoms' dev split, for e
 ANSWERING = (TUNED, "half_max")  # the rule that answers for a model: the first that its leading map has
 # Controls that each map has of its own, as CONTROL_NAME, under ANSWERING rules: what it says whatever the image.
 RANDOM_WEIGHTS, MEAN_MAP, SHUFFLED = "random_weights", "mean_map", "shuffled"
-MAP_CONTROLS = (RANDOM_WEIGHTS, MEAN_MAP, SHUFFLED)
+MAP_CONTROLS = (MEAN_MAP, SHUFFLED, RANDOM_WEIGHTS)
 MAP_CONTROL_METRICS = ("mean_iou", "pointing", "energy_ratio", "heart_energy_ratio", "miss_rate")
 GAINED = ("iou", "pointing", "energy_ratio")  # fields of the scores that a map is held against its controls in
 GAINS = {  # control -> metrics: a map's value less the control's, of the same images; a box has no energy
