@@ -120,10 +120,10 @@ def save_attention_sheet(
     split = run.dataset.splits[predictions.split]
     limit = float(np.abs(predictions.evidence[rows]).max()) or 1.0
     figure = Figure(figsize=(11, 2.75 * len(rows) + 0.5), layout="constrained")
-    said = f"{predictions.split} images, threshold {threshold:.3g}; true boxes green"
+    said = f"{predictions.split} images, threshold {threshold:.3g}\ntrue boxes green"
     if name:
-        said += f", found ones orange, dashed ({MAP_KINDS[name].title}, {describe_rule(rule)})"
-    figure.suptitle(_title(run, said), fontsize=10)
+        said += f"; found ones orange, dashed: {MAP_KINDS[name].title}, {describe_rule(rule)}"
+    figure.suptitle(_title(run, said), fontsize=11)
     axes = figure.subplots(len(rows), 4, squeeze=False)
     for line, row in zip(axes, rows, strict=True):
         record = split.source[int(row)]
