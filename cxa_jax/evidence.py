@@ -92,8 +92,8 @@ def class_activation_map(features: Features, kernel: Kernel) -> Evidence:
 def linearized_activation_map(head: Head, features: Features, pooled: Pooled) -> Evidence:
     """Compute the class-activation map of any head, linearised at f: ``m_i = <g, F_i>`` with ``g = dl/df`` at f.
 
-    Of a linear head g is its kernel, and this is `class_activation_map`. It is the evidence without p: what a cell would
-    say if the attention looked at all cells alike.
+    Of a linear head g is its kernel, and this is `class_activation_map`. It is the evidence without p: what a cell
+    would say if the attention looked at all cells alike.
 
     Args:
       head: [B, C] -> [B].

@@ -12,9 +12,11 @@ from matplotlib.figure import Figure
 from cxa_jax.atomic_files import replace_when_written
 from cxa_jax.data.pipeline import make_train_iterator
 from cxa_jax.evaluate import Predictions
-from cxa_jax.heat_maps import upsample_maps
+from cxa_jax.heat_maps import Rule, describe_rule, detect_boxes, make_rule, scale_map, upsample_maps
+from cxa_jax.localization_table import find_leading_map
 from cxa_jax.model_names import name_backbone
 from cxa_jax.run import Run
+from cxa_jax.scored_maps import MAP_KINDS
 from cxa_jax.steps import augment_batch
 from cxa_jax.workdir import flatten_config
 
@@ -99,17 +101,31 @@ def choose_examples(predictions: Predictions, threshold: float, seed: int, num_e
     return np.concatenate(rows)
 
 
-def save_attention_sheet(run: Run, predictions: Predictions, threshold: float, path: pathlib.Path) -> None:
+def save_attention_sheet(
+    run: Run, predictions: Predictions, threshold: float, path: pathlib.Path, rule: Rule | None = None
+) -> None:
     """Draw test X-rays beside attention, superimposed attention and class evidence.
 
     W stands on a fixed scale from 0 to 1 in every picture; evidence on one symmetric scale for the sheet. Images are
-    drawn by chance from true and false positives and negatives, not picked.
+    drawn by chance from true and false positives and negatives, not picked. On the X-rays lie the true box and the one
+    found in the map that answers for the model.
+
+    Args:
+      run: whose data and network.
+      predictions: of the split that is drawn.
+      threshold: of a predicted positive.
+      path: PNG.
+      rule: of the found boxes; by default half the maximum.
     """
+    name, rule = find_leading_map(predictions.maps), rule or make_rule("half_max")
     rows = choose_examples(predictions, threshold, run.config.seed)
     split = run.dataset.splits[predictions.split]
     limit = float(np.abs(predictions.evidence[rows]).max()) or 1.0
     figure = Figure(figsize=(11, 2.75 * len(rows) + 0.5), layout="constrained")
-    figure.suptitle(_title(run, f"{predictions.split} images, threshold {threshold:.3g}"))
+    said = f"{predictions.split} images, threshold {threshold:.3g}\ntrue boxes green"
+    if name:
+        said += f"; found ones orange, dashed: {MAP_KINDS[name].title}, {describe_rule(rule)}"
+    figure.suptitle(_title(run, said), fontsize=11)
     axes = figure.subplots(len(rows), 4, squeeze=False)
     for line, row in zip(axes, rows, strict=True):
         record = split.source[int(row)]
@@ -121,6 +137,13 @@ def save_attention_sheet(run: Run, predictions: Predictions, threshold: float, p
         line[0].imshow(image, cmap="gray", vmin=0, vmax=1)
         for x, y, w, h in record["boxes"]:
             line[0].add_patch(matplotlib.patches.Rectangle((x, y), w, h, fill=False, edgecolor="lime"))
+        if name:
+            cells = upsample_maps(
+                predictions.maps[name][row], image.shape, run.model.backbone.stride, run.model.backbone.offset
+            )
+            for x, y, w, h in detect_boxes(scale_map(cells, rule.scaling or MAP_KINDS[name].scaling), rule):
+                box = matplotlib.patches.Rectangle((x, y), w, h, fill=False, edgecolor="orange", linestyle="--")
+                line[0].add_patch(box)
         line[0].set_title(f"{predictions.index['id'][row]}: {CLASSES[predictions.label[row]]}", fontsize=9)
         shown = line[1].imshow(heat, cmap=HEAT, vmin=0, vmax=1)
         line[1].set_title("attention W", fontsize=9)

@@ -30,7 +30,7 @@ READER = "phantom_reader"  # the rule by which a regression fitted on phantoms r
 ANSWERING = (TUNED, "half_max")  # the rule that answers for a model: the first that its leading map has
 # Controls that each map has of its own, as CONTROL_NAME, under ANSWERING rules: what it says whatever the image.
 RANDOM_WEIGHTS, MEAN_MAP, SHUFFLED = "random_weights", "mean_map", "shuffled"
-MAP_CONTROLS = (RANDOM_WEIGHTS, MEAN_MAP, SHUFFLED)
+MAP_CONTROLS = (MEAN_MAP, SHUFFLED, RANDOM_WEIGHTS)
 MAP_CONTROL_METRICS = ("mean_iou", "pointing", "energy_ratio", "heart_energy_ratio", "miss_rate")
 GAINED = ("iou", "pointing", "energy_ratio")  # fields of the scores that a map is held against its controls in
 SHARED_CONTROLS = {"median_box": GAINED[:2], THUMBNAIL: GAINED}  # the same for all maps of a run

@@ -41,13 +41,13 @@ class Verdict:
 
     @property
     def answer(self) -> str:
-        """One sentence: which controls it beats in overlap, which it does not."""
-        groups: dict[str, list[str]] = {"beats": [], "does not beat": [], "is worse than": []}
+        """One sentence: which controls it overlaps better than, and which it does not."""
+        groups: dict[str, list[str]] = {"better than": [], "no better than": [], "worse than": []}
         for control, (iou, _) in self.gains.items():
-            verb = "beats" if iou["low"] > 0 else "is worse than" if iou["high"] < 0 else "does not beat"
-            groups[verb].append(CONTROL_TITLES[control])
-        said = [f"{verb} {_enumerate(controls)}" for verb, controls in groups.items() if controls]
-        return f"{self.title} {_join(said)}, in overlap"
+            verdict = "better than" if iou["low"] > 0 else "worse than" if iou["high"] < 0 else "no better than"
+            groups[verdict].append(CONTROL_TITLES[control])
+        said = [f"{verdict} {_enumerate(controls)}" for verdict, controls in groups.items() if controls]
+        return f"{self.title} overlaps {', '.join(said)}"
 
 
 def judge(rules: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Verdict | None:
@@ -75,7 +75,3 @@ def _is_known(interval: Mapping[str, float | None] | None) -> bool:
 
 def _enumerate(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def _join(parts: Sequence[str]) -> str:
-    return ", ".join([*parts[:-1], f"and {parts[-1]}"]) if len(parts) > 1 else parts[0]

@@ -17,7 +17,7 @@ from cxa_jax.distributed import stop_if_agreed, stopping_together, writable
 from cxa_jax.errors import UserError
 from cxa_jax.evaluate import Predictions, evaluate_split
 from cxa_jax.finding_metrics import write_findings
-from cxa_jax.localization_table import write_localization
+from cxa_jax.localization_table import find_leading_map, write_localization
 from cxa_jax.map_controls import average_training_maps
 from cxa_jax.map_evaluation import Localization, evaluate_maps, find_boxed_images
 from cxa_jax.map_rules import MapRules, find_rules, tune_rules
@@ -89,8 +89,8 @@ def write_outputs(run: Run, folder: pathlib.Path, output: pathlib.Path) -> dict[
         variables = fit_to_size(run, variables, meta["progress"]["epoch"] - 1)
     dev, dev_name, tuned, fitted = predict_dev(run, variables, folder, output, meta["config"]["data.image_size"])
     test = predict_split(run, variables, "test", output)
-    readers = find_readers(run, test, fitted)
-    boxes = save_localization(run, variables, dev, test, output, find_rules(run, tuned), readers)
+    rules, readers = find_rules(run, tuned), find_readers(run, test, fitted)
+    boxes = save_localization(run, variables, dev, test, output, rules, readers)
     if fitted:
         save_readers(output / READERS_FILE, fitted)
     if test.finding_logits is not None:
@@ -107,7 +107,8 @@ def write_outputs(run: Run, folder: pathlib.Path, output: pathlib.Path) -> dict[
     history = meta["progress"]["history"]
     figures.save_curves(run, history, output / "training_curves.png")
     chosen = report["test"]["at_dev_threshold"] or report["test"]["at_0.5"]
-    figures.save_attention_sheet(run, test, chosen["threshold"], output / "test_attention.png")
+    rule = rules and rules.rules.get(find_leading_map(test.maps) or "")
+    figures.save_attention_sheet(run, test, chosen["threshold"], output / "test_attention.png", rule)
     log.info("%s", format_summary(report))
     log.info("everything is in %s; a report of it: python launch.py --mode=report --workdirs=%s", output, output)
     return report

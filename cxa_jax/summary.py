@@ -4,7 +4,8 @@ import math
 from typing import Any
 
 from cxa_jax.data.datasets import TITLES
-from cxa_jax.localization_table import find_answering_rule, split_control
+from cxa_jax.heat_maps import Rule, describe_rule
+from cxa_jax.localization_table import TUNED, find_answering_rule, find_leading_map, split_control
 from cxa_jax.map_verdict import CONTROL_TITLES, MORAL, judge
 
 
@@ -37,7 +38,11 @@ def _format_localization(localization: dict[str, Any] | None) -> list[str]:
     rules = localization["all_boxed"]["rules"]
     rule = find_answering_rule(rules) or "half_max"  # without a map: of the controls
     count, patients = localization["num_images"], localization["num_patients"]
-    lines = [f"localisation on {count} boxed positives of {patients} patients, boxes by {rule.replace('_', ' ')}:"]
+    cut = rule.replace("_", " ")
+    if rule == TUNED:
+        leading = find_leading_map(rules[rule])
+        cut += f" rules ({leading}: {describe_rule(Rule(**localization['tuned_rules']['rules'][leading]))})"
+    lines = [f"localisation on {count} boxed positives of {patients} patients, boxes by {cut}:"]
     for name, values in rules[rule].items():
         if split_control(name)[0]:
             continue  # metrics.json has them, and the verdict below the gains over those that count

@@ -131,10 +131,10 @@ def describe_boxes(split: Split, test: Predictions, boxes: LocalizationTable, **
     free = {}
     for name, values in derive_maps(test.maps).items():
         maps, geometry = values[boxed.rows], (tiny.SIZE, STRIDE, OFFSET)
-        overlaps = compute_best_overlaps(find_level_boxes(maps, *geometry), boxed.boxes)
-        free[name] = summarize_threshold_free(
-            overlaps, count_pixels(maps, boxed.hearts, *geometry), boxes.patients, **options
-        )
+        scaling = MAP_KINDS[name].scaling
+        overlaps = compute_best_overlaps(find_level_boxes(maps, *geometry, scaling=scaling), boxed.boxes)
+        pixels = count_pixels(maps, boxed.hearts, *geometry, scaling=scaling)
+        free[name] = summarize_threshold_free(overlaps, pixels, boxes.patients, **options)
     return summarize_tables([boxes], **options) | {
         "tuned_rules": {"rules": {"attention": TUNED_RULE._asdict()}, "source": "dev hearts of this run's phantoms"},
         "threshold_free": {"protocol": "the protocol", "maps": describe_threshold_free(free)},

@@ -13,7 +13,7 @@ from cxa_jax import figures, map_controls, map_evaluation, map_rules, outputs, r
 from cxa_jax import run as run_module
 from cxa_jax.errors import UserError
 from cxa_jax.evaluate import Predictions, compute_loss, evaluate_split
-from cxa_jax.heat_maps import Rule
+from cxa_jax.heat_maps import Rule, describe_rule
 from cxa_jax.localization import score_maps
 from cxa_jax.metric_writer import write_history
 from cxa_jax.scored_maps import derive_maps
@@ -97,7 +97,11 @@ def test_numbers_of_a_run(run, predicted, tmp_path):
     assert text["thumbnail_baseline"]["auroc"]["estimate"] > 0.9
     lines = summary.format_summary(numbers)
     assert "CHEST PHANTOM" in lines and "thumbnail" in lines and "AUROC" in lines
-    assert "boxes by phantom tuned" in lines and "less its mean map of training images: mean IoU" in lines
+    cut = describe_rule(rules.rules["attention"])
+    assert (
+        f"boxes by phantom tuned rules (attention: {cut}):" in lines
+        and "less its mean map of training images: mean IoU" in lines
+    )
     assert lines.endswith("A map that does not beat these has shown nothing.")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["localization_test.csv", "maps_test.npz"]
 
@@ -192,7 +196,8 @@ def test_pictures_are_written(run, predicted, tmp_path):
     ]  # fmt: skip
     figures.save_augmentation_grid(run, tmp_path / "a.png")
     figures.save_curves(run, rows, tmp_path / "b.png")
-    figures.save_attention_sheet(run, predicted["test"], 0.5, tmp_path / "c.png")
+    rule = Rule("percentile", 85, "all", "min_max")
+    figures.save_attention_sheet(run, predicted["test"], 0.5, tmp_path / "c.png", rule)
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
     for name in "abc":
         picture = matplotlib.image.imread(tmp_path / f"{name}.png")

@@ -73,14 +73,14 @@ BOX, MEAN, OTHER = "the median box of other patients", "its mean map of training
 @pytest.mark.parametrize(
     ("mean_iou", "verdict"),
     [
-        (0.2, f"beats {OTHER}, does not beat {MEAN}, and is worse than {BOX}"),
-        (0.65, f"beats {OTHER}, and does not beat {BOX} and {MEAN}"),
-        (0.8, f"beats {BOX} and {OTHER}, and does not beat {MEAN}"),
+        (0.2, f"better than {OTHER}, no better than {MEAN}, worse than {BOX}"),
+        (0.65, f"better than {OTHER}, no better than {BOX} and {MEAN}"),
+        (0.8, f"better than {BOX} and {OTHER}, no better than {MEAN}"),
     ],
 )
 def test_a_map_is_judged_against_its_controls_not_against_itself(mean_iou: float, verdict: str):
     where = write_cards(make_report(mean_iou))[2]
-    assert where.answer == f"attention W {verdict}, in overlap"
+    assert where.answer == f"attention W overlaps {verdict}"
     said = f"pointing 0.500 [0.480, 0.520], mean IoU {mean_iou:.3f} [{mean_iou - 0.02:.3f}, {mean_iou + 0.02:.3f}]"
     assert "85 boxed positives of 69 patients" in where.lines[0] and said in where.lines[0]
     gain = mean_iou - 0.64
