@@ -31,7 +31,7 @@ from cxa_jax.trained_network import read_metrics
 log = logging.getLogger(__name__)
 
 LEVELS = np.arange(1, 20) / 20
-PERCENTILES = np.arange(50, 100, 2.5)
+PERCENTILES = np.concatenate([np.arange(50, 97.5, 2.5), np.arange(97.5, 100, 0.5)])
 CUTS = tuple(("level", float(value)) for value in LEVELS) + tuple(("percentile", float(p)) for p in PERCENTILES)
 TUNED_COMPONENTS = ("largest", "all")
 POWERS = (1.0, 2.0, 4.0)  # of the rule 'mass'
