@@ -15,13 +15,14 @@ from cxa_jax.map_evaluation import describe_threshold_free, find_boxed_images
 from cxa_jax.metric_writer import write_history
 from cxa_jax.predictions import write_predictions
 from cxa_jax.saved_maps import choose_rows, save_maps
-from cxa_jax.scored_maps import MAP_KINDS, derive_maps
+from cxa_jax.scored_maps import MAP_KINDS, THUMBNAIL, derive_maps
 from cxa_jax.threshold_free import (
     compute_best_overlaps,
     count_pixels,
     find_level_boxes,
     summarize_threshold_free,
 )
+from cxa_jax.thumbnail import make_thumbnails
 from cxa_jax.workdir import flatten_config, to_json, write_atomically
 
 STRIDE, OFFSET = 32, 14
@@ -41,15 +42,25 @@ def make_test_split(num_images: int = 60) -> Split:
 
 
 def draw_predictions(split: Split, seed: int, effect: float, pooling: str) -> Predictions:
-    """Draw logits `effect` apart, and maps; those of 'gap' are flat where it learns none."""
+    """Draw logits `effect` apart, and maps; those of 'gap' are flat where it learns none, and it has no z."""
     rng = np.random.default_rng(seed)
     label = split.index["label"]
     logit = (rng.normal(size=len(label)) + effect * label - 1).astype(np.float32)
     maps = rng.random((len(label), 2, 2)).astype(np.float32)
     learnt = maps if pooling == "amm" else np.full_like(maps, 0.5)
     weights = learnt / learnt.sum((1, 2), keepdims=True)
-    cam = maps - 0.4 if pooling == "gap" else None
-    return Predictions(split.name, split.index, label, logit, learnt, maps - 0.5, weights, maps, cam)
+    return Predictions(
+        split.name,
+        split.index,
+        label,
+        logit,
+        attention=learnt,
+        evidence=maps - 0.5,
+        weights=weights,
+        grad_cam=maps,
+        attention_logits=np.log(maps / (1 - maps)) if pooling == "amm" else None,
+        cam=maps - 0.4,
+    )
 
 
 def write_run(
@@ -120,6 +131,8 @@ def score_boxes_of(split: Split, test: Predictions, threshold: float) -> Localiz
                 scores[key, rule] = score_maps(
                     cells, boxed.boxes, patients, tiny.SIZE, scaling=MAP_KINDS[name].scaling, **options
                 )
+        thumbnails = make_thumbnails((split.read_image(int(row)) for row in boxed.rows), (2, 2))
+        scores[THUMBNAIL, rule] = score_maps(thumbnails, boxed.boxes, patients, tiny.SIZE, **options)
         controls = score_controls(boxed.boxes, patients, tiny.SIZE, (2, 2), **options)
         scores |= {(name, rule): values for name, values in controls.items()}
     return LocalizationTable(split.index["id"][boxed.rows], test.score[boxed.rows] >= threshold, scores)
