@@ -79,14 +79,14 @@ def _parse_number(text: str) -> float:
 
 def describe_rule(rule: Rule) -> str:
     """Return a rule in words."""
+    scaled = f", scaled {rule.scaling}" if rule.scaling else ""
     if rule.kind == "mass":
         left, right, top, bottom = (f"{share:.0%}" for share in rule.shares)
-        power = "" if rule.value == 1 else f" to the power {rule.value:g}"
-        return f"edges at {left} and {right} of the map's mass{power} from the left, {top} and {bottom} from the top"
+        mass = "the map's mass" if rule.value == 1 else f"the map's mass to the power {rule.value:g}"
+        return f"edges at {left} and {right} of {mass} from the left, {top} and {bottom} from the top{scaled}"
     named = {"wang": "60 and 180 of 255", "half_max": "half the maximum", "otsu": "Otsu"}
     numbered = {"level": f"level {rule.value:g}", "percentile": f"percentile {rule.value:g}"}
     parts = {"largest": "largest component", "all": "one box about all components", "each": "every component"}
-    scaled = f", scaled {rule.scaling}" if rule.scaling else ""
     return f"{(named | numbered)[rule.kind]}, {parts[rule.components]}{scaled}"
 
 
@@ -262,8 +262,8 @@ def enclose_mass(values: np.ndarray, power: float, shares: tuple[float, ...]) ->
         power: that the map is raised to first; above 1 it weakens what is weak everywhere.
         shares: of the sum left of the left and of the right edge, above the top and above the bottom edge.
     """
-    left, right = locate_mass(values**power, shares[:2])[1]
-    top, bottom = locate_mass(values**power, shares[2:])[0]
+    raised = (values / values.max()) ** power  # so that a faint map does not vanish
+    (left, right), (top, bottom) = locate_mass(raised, shares[:2])[1], locate_mass(raised, shares[2:])[0]
     return np.array([left, top, right - left, bottom - top])
 
 

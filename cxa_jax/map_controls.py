@@ -49,7 +49,7 @@ def predict_with_random_weights(run: Run, split_name: str, rows: np.ndarray) -> 
     """Return the maps of a freshly initialised network: what architecture and position alone put into them."""
     key = jax.random.fold_in(run.root_key, CONTROL)
     variables, num_batches = put_replicated(run.draw_state(key).variables, run.mesh), run.config.train.recompute_moments
-    if num_batches:  # as the trained network has them
+    if num_batches and len(run.dataset.splits["train"].source):  # as the trained network has them
         variables = fit_moments(run, variables, 0, num_batches)
     predicted = _predict_rows(run, variables, split_name, rows)
     finite = {name: maps for name, maps in predicted.maps.items() if np.isfinite(maps).all()}

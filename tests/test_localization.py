@@ -70,7 +70,8 @@ def test_magnitudes_count_whichever_way_they_speak():
 def test_several_rules_at_once_are_those_rules_one_by_one():
     maps, boxes, patients = _draw_scene(10)
     maps = 0.6 + 0.3 * maps
-    rules = ["wang", "half_max", "p85_all", 0.7, heat_maps.Rule("level", 0.5, scaling="min_max")]
+    mass = heat_maps.Rule("mass", 2.0, shares=(0.1, 0.9, 0.2, 0.8))
+    rules = ["wang", "half_max", "p85_all", 0.7, mass, heat_maps.Rule("level", 0.5, scaling="min_max")]
     together = localization.score_maps_by_rules(maps, boxes, patients, 224, 32, 14, rules, scaling="unit")
     for rule, found in zip(rules, together, strict=True):
         alone = _score(maps, boxes, patients, rule, scaling="unit")

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+import jax
+import mass_twin
 import matplotlib.image
 import numpy as np
 import pytest
@@ -13,10 +15,13 @@ from cxa_jax import figures, map_controls, map_evaluation, map_rules, outputs, r
 from cxa_jax import run as run_module
 from cxa_jax.errors import UserError
 from cxa_jax.evaluate import Predictions, compute_loss, evaluate_split
-from cxa_jax.heat_maps import Rule, describe_rule
+from cxa_jax.heat_maps import Rule, describe_rule, scale_map, upsample_maps
 from cxa_jax.localization import score_maps
 from cxa_jax.metric_writer import write_history
+from cxa_jax.moments import fit_moments
 from cxa_jax.scored_maps import derive_maps
+from cxa_jax.steps import CONTROL
+from cxa_jax.thumbnail import make_thumbnails
 from cxa_jax.workdir import to_json
 
 
@@ -77,19 +82,30 @@ def test_numbers_of_a_run(run, predicted, tmp_path):
     assert text["test"]["at_0.5"]["threshold"] == 0.5
     assert text["phantom"] is True and text["fingerprint"] == "fingerprint0"
     maps = text["localization"]["all_boxed"]["rules"]["half_max"]
-    own = {"attention", "weights", "grad_cam", "evidence", "attended_evidence"}
-    own |= {f"{name}_absolute" for name in ("evidence", "attended_evidence")}
+    own = {"attention", "attention_logits", "weights", "grad_cam", "evidence", "attended_evidence", "cam"}
+    own |= {f"{name}_absolute" for name in ("evidence", "attended_evidence", "cam")}
     beside = {f"{control}_{name}" for control in ("random_weights", "mean_map", "shuffled") for name in own}
-    assert set(maps) - beside == own | {"median_box", "image_centre", "random_map", "grid_box"} and beside <= set(maps)
-    assert not beside & set(text["localization"]["all_boxed"]["rules"]["otsu"])  # only where they answer
+    shared = {"median_box", "image_centre", "random_map", "grid_box", "thumbnail"}
+    assert set(maps) - beside == own | shared and beside <= set(maps)
+    otsu = set(text["localization"]["all_boxed"]["rules"]["otsu"])
+    assert not (beside | {"thumbnail"}) & otsu and own <= otsu  # controls only where they answer
     free = text["localization"]["threshold_free"]["maps"]
-    assert set(free) == own | beside | {"random_map"}
+    assert set(free) == own | beside | {"random_map", "thumbnail"}
     assert all(0 <= value["estimate"] <= 1 for row in free.values() for value in row.values())
     assert free["attention"].keys() == {"max_box_acc_v2", *(f"max_box_acc_0.{n}" for n in (3, 5, 7)), "px_ap"}
     gains = maps["attention"]["iou_above_random_weights"]["estimate"]  # the network is as untrained as its control
     assert gains == pytest.approx(
         maps["attention"]["mean_iou"]["estimate"] - maps["random_weights_attention"]["mean_iou"]["estimate"]
     )
+    images = np.stack([run.dataset.splits["test"].source[int(row)]["image"] for row in np.flatnonzero(test.label)])
+    thumbnails = make_thumbnails(images, (2, 2))
+    truth = np.tile([28.0, 20, 24, 24], (len(images), 1))
+    geometry = (tiny.SIZE, run.model.backbone.stride, run.model.backbone.offset)
+    seen = score_maps(thumbnails, truth, np.arange(len(images)), *geometry, "half_max")
+    assert maps["thumbnail"]["mean_iou"]["estimate"] == pytest.approx(seen.iou.mean())
+    for name in own:
+        gain = maps[name]["mean_iou"]["estimate"] - seen.iou.mean()
+        assert maps[name]["iou_above_thumbnail"]["estimate"] == pytest.approx(gain)
     assert set(text["localization"]["all_boxed"]["rules"]) == {"half_max", "otsu", "wang", "phantom_tuned"}
     at_level = text["localization"]["all_boxed"]["rules"]["phantom_tuned"]
     assert set(at_level) == set(maps) and text["localization"]["tuned_rules"]["source"].startswith("dev hearts")
@@ -110,15 +126,14 @@ def test_rules_are_tuned_on_dev_boxes_of_phantoms_alone(run, predicted):
     dev = predicted["dev"]
     boxed = map_evaluation.find_boxed_images(run.dataset.splits["dev"])
     tuned = map_rules.tune_rules(run, dev, boxed)
-    assert set(tuned) == set(derive_maps(dev.maps))
+    assert set(tuned) == {*derive_maps(dev.maps), "thumbnail"}  # which is cut as well as any map
     patients, backbone = dev.index["patient"][boxed.rows], run.model.backbone
-    overlap = [
-        score_maps(
-            dev.evidence[boxed.rows], boxed.boxes, patients, tiny.SIZE, backbone.stride, backbone.offset,
-            Rule(kind, value, components), scaling="positive",
-        ).iou.mean()
-        for kind, value in map_rules.CUTS for components in ("largest", "all")
-    ]  # fmt: skip
+    geometry, maps = (tiny.SIZE, backbone.stride, backbone.offset), dev.evidence[boxed.rows]
+    rules = [Rule(kind, value, components) for kind, value in map_rules.CUTS for components in ("largest", "all")]
+    scaled = [scale_map(upsample_maps(cells, *geometry), "positive") for cells in maps]
+    rules += mass_twin.list_rules(scaled, boxed.boxes)
+    options = {"scaling": "positive"}
+    overlap = [score_maps(maps, boxed.boxes, patients, *geometry, rule, **options).iou.mean() for rule in rules]
     assert tuned["evidence"]["mean_iou"] == pytest.approx(max(overlap))
     assert tuned["evidence"]["num_images"] == len(boxed.rows) and tuned["evidence"]["scaling"] == "positive"
     xrays = dataclasses.replace(run, dataset=dataclasses.replace(run.dataset, name="chestxray14"))
@@ -129,8 +144,12 @@ def test_xrays_take_the_rules_of_a_phantom_run(run, tmp_path):
     phantoms = tmp_path / "phantoms"
     phantoms.mkdir()
     rule = Rule("percentile", 87.5, "all", "positive")
+    mass = Rule("mass", 2.0, scaling="min_max", shares=(0.08, 0.91, 0.1, 0.87))
+    both = {"evidence": rule, "thumbnail": mass}
     facts = {
-        "phantom_tuned_rules": {"evidence": rule._asdict() | {"mean_iou": 0.4, "num_images": 200}},
+        "phantom_tuned_rules": {
+            name: each._asdict() | {"mean_iou": 0.4, "num_images": 200} for name, each in both.items()
+        },
         "config": dict(run_config(run)),
         "image_size": 64,
     }
@@ -138,7 +157,7 @@ def test_xrays_take_the_rules_of_a_phantom_run(run, tmp_path):
     config = tiny.make_config(**{"eval.levels_run": str(phantoms)})
     xrays = dataclasses.replace(run, config=config, dataset=dataclasses.replace(run.dataset, name="chestxray14"))
     rules = map_rules.find_rules(xrays, None)
-    assert rules.rules == {"evidence": rule} and "phantoms" in rules.source and "64 px" in rules.source
+    assert rules.rules == both and "phantoms" in rules.source and "64 px" in rules.source
     (phantoms / "metrics.json").write_text("{}")
     with pytest.raises(UserError, match="eval.levels_run=.* is no tested run on chest phantoms"):
         map_rules.find_rules(xrays, None)
@@ -163,6 +182,25 @@ def test_the_mean_map_is_that_of_the_training_images(run, monkeypatch):
     nothing = dataclasses.replace(split, source=[])
     empty = dataclasses.replace(run.dataset, splits=run.dataset.splits | {"train": nothing})
     assert map_controls.average_training_maps(dataclasses.replace(run, dataset=empty), variables) is None
+
+
+def test_random_weights_have_moments_as_the_run_has_them(run, predicted):
+    rows = np.array([0, 3, 5])
+    stored = map_controls.predict_with_random_weights(run, "test", rows)
+    recomputing = dataclasses.replace(run, config=tiny.make_config(**{"train.recompute_moments": 2}))
+    found = map_controls.predict_with_random_weights(recomputing, "test", rows)
+    drawn = run.draw_state(jax.random.fold_in(run.root_key, CONTROL)).variables
+    images = np.stack([run.dataset.splits["test"].source[int(row)]["image"] for row in rows])
+    padded = np.concatenate([images, np.zeros((5, *images.shape[1:]), np.uint8)])
+    for maps, variables in ((stored, drawn), (found, fit_moments(run, drawn, 0, 2))):
+        expected = run.test_step(variables, padded)
+        for name in ("attention", "evidence", "cam"):
+            np.testing.assert_allclose(maps[name], expected[name][:3], rtol=1e-3, atol=1e-6)
+    assert not np.allclose(found["evidence"], stored["evidence"], rtol=0.1)
+    nothing = dataclasses.replace(run.dataset.splits["train"], source=[])  # the data of another size may have none
+    empty = dataclasses.replace(run.dataset, splits=run.dataset.splits | {"train": nothing})
+    without = map_controls.predict_with_random_weights(dataclasses.replace(recomputing, dataset=empty), "test", rows)
+    np.testing.assert_allclose(without["evidence"], stored["evidence"], rtol=1e-5)
 
 
 def run_config(run):
