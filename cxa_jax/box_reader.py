@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 from cxa_jax.atomic_files import replace_when_written
 from cxa_jax.boxes import check_boxes, compute_median_boxes
 from cxa_jax.errors import UserError
-from cxa_jax.heat_maps import height_and_width
+from cxa_jax.heat_maps import LOGIT_EPSILON, height_and_width
 from cxa_jax.localization import LocalizationScores, score_boxes
 from cxa_jax.localization_table import RANDOM_WEIGHTS, READER, is_control
 from cxa_jax.scored_maps import THUMBNAIL
@@ -26,7 +26,6 @@ from cxa_jax.scored_maps import THUMBNAIL
 ALPHAS = tuple(10 ** (power / 2) for power in range(-2, 11))  # of ridge regression, 0.1 to 100,000
 NUM_FOLDS = 5
 ALL_MAPS, WITH_MAPS = "all_maps", "thumbnail_and_maps"
-EPSILON = 1e-6  # W is read as z = log(W / (1 - W)), which has what a saturated W hides; kept within +-13.8
 
 
 @dataclass(frozen=True)
@@ -214,8 +213,8 @@ def _flatten(names: Iterable[str], maps: Mapping[str, ArrayLike]) -> tuple[np.nd
         values = np.asarray(maps[name], np.float64)
         if values.ndim != 3 or not np.isfinite(values).all():
             raise UserError(f"map {name!r} is {values.shape}; needed is [N, h, w] without nan or infinity")
-        if name.removeprefix(f"{RANDOM_WEIGHTS}_") == "attention":
-            values = logit(np.clip(values, EPSILON, 1 - EPSILON))
+        if name.removeprefix(f"{RANDOM_WEIGHTS}_") == "attention":  # read as z, which has what a saturated W hides
+            values = logit(np.clip(values, LOGIT_EPSILON, 1 - LOGIT_EPSILON))
         columns.append(values)
     if len({values.shape for values in columns}) != 1:
         raise UserError(f"maps have several shapes: {', '.join(str(values.shape) for values in columns)}")

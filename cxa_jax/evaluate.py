@@ -18,7 +18,7 @@ from cxa_jax.device_memory import naming_exhaustion
 from cxa_jax.predictions import ATTRIBUTES, PredictionTable
 from cxa_jax.sharding import own_rows, put_batch
 
-MAPS = ("attention", "attention_logits", "weights", "evidence", "cam", "grad_cam")
+MAPS = ("attention", "weights", "evidence", "cam", "grad_cam")
 
 
 @dataclasses.dataclass(frozen=True)

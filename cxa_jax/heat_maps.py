@@ -9,12 +9,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import ndimage
+from scipy.special import logit
 
 from cxa_jax.errors import UserError
+from cxa_jax.map_mass import enclose_mass
 
 WANG_LEVELS = (60 / 255, 180 / 255)
-SCALINGS = ("unit", "min_max", "positive", "absolute")
+SCALINGS = ("unit", "min_max", "positive", "absolute", "logit")
 COMPONENTS = ("largest", "all", "each")
+LOGIT_EPSILON = 1e-6  # W is kept that far from 0 and 1, where float32 sigmoids end
 TIE = 1e-9  # of a map's maximum: pixels that are nearer to each other than that are tied
 
 
@@ -139,16 +142,19 @@ def scale_map(values: np.ndarray, scaling: str) -> np.ndarray:
         values: [H, W].
         scaling: 'unit' leaves W on its fixed scale of 0-1; 'min_max' stretches each map (p, unsigned maps), a
             constant one becomes 0; 'positive' cuts at 0 and divides by the maximum (signed evidence, CAM); 'absolute'
-            divides magnitudes by their maximum (what speaks for and what against: both borders of a heart).
+            divides magnitudes by their maximum (what speaks for and what against: both borders of a heart); 'logit'
+            stretches log(W / (1 - W)), on which W's two ends count as much as its middle.
 
     Raises:
-        UserError: unknown scaling, or 'unit' on values outside [0, 1].
+        UserError: unknown scaling, or 'unit' or 'logit' on values outside [0, 1].
     """
     low, high = float(values.min()), float(values.max())
+    if scaling in ("unit", "logit") and (low < -1e-6 or high > 1 + 1e-6):
+        raise UserError(f"scaling {scaling!r} is for maps in [0, 1]; this one spans [{low:.4g}, {high:.4g}]")
     if scaling == "unit":
-        if low < -1e-6 or high > 1 + 1e-6:
-            raise UserError(f"scaling 'unit' is for maps in [0, 1]; this one spans [{low:.4g}, {high:.4g}]")
         return np.clip(values, 0, 1)
+    if scaling == "logit":
+        return scale_map(logit(np.clip(values, LOGIT_EPSILON, 1 - LOGIT_EPSILON)), "min_max")
     if scaling == "min_max":
         return np.zeros_like(values) if is_flat(values) else (values - low) / (high - low)
     if scaling == "positive":
@@ -189,7 +195,9 @@ def threshold_map(values: np.ndarray, rule: Rule | str | float) -> list[np.ndarr
         UserError: see `make_rule`.
     """
     kind, value, *_ = make_rule(rule)
-    if not _says_where(values):
+    if kind == "mass":
+        raise UserError("the rule 'mass' cuts no mask off a map; detect_boxes has its box")
+    if not says_where(values):
         return [np.zeros(values.shape, bool)]
     if kind == "wang":
         return [values >= level for level in WANG_LEVELS]
@@ -252,38 +260,8 @@ def enclose(masks: np.ndarray) -> np.ndarray:
     return boxes
 
 
-def enclose_mass(values: np.ndarray, power: float, shares: tuple[float, ...]) -> np.ndarray:
-    """Return the box [4] beyond whose edges lie given shares of a map's sum.
-
-    A threshold asks where a map is high; this asks where its weight lies, which a spot beside the place moves little.
-
-    Args:
-        values: [H, W], non-negative, not all zero.
-        power: that the map is raised to first; above 1 it weakens what is weak everywhere.
-        shares: of the sum left of the left and of the right edge, above the top and above the bottom edge.
-    """
-    raised = (values / values.max()) ** power  # so that a faint map does not vanish
-    (left, right), (top, bottom) = locate_mass(raised, shares[:2])[1], locate_mass(raised, shares[2:])[0]
-    return np.array([left, top, right - left, bottom - top])
-
-
-def locate_mass(values: np.ndarray, shares: ArrayLike) -> np.ndarray:
-    """Return the y and the x, px [2, Q], that each of Q shares of a map's sum lies above and left of.
-
-    Within a pixel the map is constant, so shares move continuously.
-
-    Args:
-        values: [H, W], non-negative, not all zero.
-        shares: [Q] in (0, 1).
-    """
-    places = []
-    for axis in (1, 0):  # the sum over columns leaves rows
-        total = np.concatenate([[0.0], np.cumsum(values.sum(axis=axis))])
-        places.append(np.interp(np.asarray(shares) * total[-1], total, np.arange(len(total))))
-    return np.array(places)
-
-
-def _says_where(values: np.ndarray) -> bool:
+def says_where(values: np.ndarray) -> bool:
+    """Tell whether a scaled map has anything, and not the same everywhere: else its boxes are a miss."""
     return bool(values.max() > 0) and not is_flat(values)
 
 
@@ -291,7 +269,7 @@ def detect_boxes(values: np.ndarray, rule: Rule | str | float) -> np.ndarray:
     """Return the detected boxes [K, 4] of a scaled map, of the components that the rule asks for; K = 0: a miss."""
     rule = make_rule(rule)
     if rule.kind == "mass":
-        return enclose_mass(values, rule.value, rule.shares)[None] if _says_where(values) else np.zeros((0, 4))
+        return enclose_mass(values, rule.value, rule.shares)[None] if says_where(values) else np.zeros((0, 4))
     masks = threshold_map(values, rule)
     if rule.components == "all":
         boxes = enclose(np.stack(masks))

@@ -15,13 +15,13 @@ from cxa_jax.heat_maps import (
     cut_percentiles,
     enclose,
     find_stacked_boxes,
-    is_flat,
-    locate_mass,
+    says_where,
     scale_map,
     upsample_maps,
 )
 from cxa_jax.localization import BoxedImages, score_maps
 from cxa_jax.map_controls import collect_thumbnails
+from cxa_jax.map_mass import locate_mass
 from cxa_jax.model_names import name_backbone
 from cxa_jax.run import Run
 from cxa_jax.scored_maps import MAP_KINDS, THUMBNAIL, derive_maps
@@ -139,7 +139,7 @@ def find_best_rule(maps: np.ndarray, boxes: np.ndarray, frame: Frame, scalings: 
         for index, scaling in enumerate(scalings):
             values = scale_map(upsampled, scaling)
             overlap[index] += compute_iou(detect_by_cuts(values), box)
-            if values.max() > 0 and not is_flat(values):
+            if says_where(values):
                 places[index, :, row] = [locate_mass(values**power, SHARES) for power in POWERS]
     scaling, components, cut = np.unravel_index(overlap.argmax(), overlap.shape)
     rules = {Rule(*CUTS[cut], TUNED_COMPONENTS[components], scalings[scaling]): overlap.max() / len(maps)}
@@ -181,7 +181,7 @@ def detect_by_cuts(values: np.ndarray) -> np.ndarray:
       values: [H, W] in [0, 1].
     """
     found = np.full((len(TUNED_COMPONENTS), len(CUTS), 4), np.nan)
-    if values.max() <= 0 or is_flat(values):
+    if not says_where(values):
         return found
     masks = np.concatenate([values >= LEVELS[:, None, None], cut_percentiles(values, PERCENTILES)])
     boxes, cuts, sizes = find_stacked_boxes(masks)

@@ -34,8 +34,7 @@ def _make_signed(name: str, title: str, *sources: str) -> dict[str, MapKind]:
 THUMBNAIL = "thumbnail"  # a control: the image itself, by area means on the grid of the maps
 
 MAP_KINDS = {
-    "attention": MapKind(("attention",), "unit", ("unit", "min_max"), "attention W"),
-    "attention_logits": MapKind(("attention_logits",), "min_max", ("min_max",), "attention logits z"),
+    "attention": MapKind(("attention",), "unit", ("unit", "min_max", "logit"), "attention W"),
     "weights": MapKind(("weights",), "min_max", ("min_max",), "pooling weights p"),
     **_make_signed("evidence", "class evidence", "evidence"),
     **_make_signed("attended_evidence", "W x class evidence", "attention", "evidence"),

@@ -42,7 +42,7 @@ def make_test_split(num_images: int = 60) -> Split:
 
 
 def draw_predictions(split: Split, seed: int, effect: float, pooling: str) -> Predictions:
-    """Draw logits `effect` apart, and maps; those of 'gap' are flat where it learns none, and it has no z."""
+    """Draw logits `effect` apart, and maps; those of 'gap' are flat where it learns none."""
     rng = np.random.default_rng(seed)
     label = split.index["label"]
     logit = (rng.normal(size=len(label)) + effect * label - 1).astype(np.float32)
@@ -58,7 +58,6 @@ def draw_predictions(split: Split, seed: int, effect: float, pooling: str) -> Pr
         evidence=maps - 0.5,
         weights=weights,
         grad_cam=maps,
-        attention_logits=np.log(maps / (1 - maps)) if pooling == "amm" else None,
         cam=maps - 0.4,
     )
 

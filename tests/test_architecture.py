@@ -17,7 +17,7 @@ FLOORS = [
         "losses",
         "metrics",
         "heat_maps",
-        "map_refinement",
+        "map_mass",
         "boxes",
         "predictions",
         "optimizer",

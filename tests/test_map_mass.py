@@ -8,6 +8,7 @@ from cxa_jax import heat_maps
 from cxa_jax.errors import UserError
 from cxa_jax.heat_maps import Rule, detect_boxes
 from cxa_jax.localization import score_maps_by_rules
+from cxa_jax.map_mass import locate_mass
 
 SHARES = (0.12, 0.83, 0.07, 0.9)
 
@@ -31,7 +32,7 @@ def test_the_box_is_that_of_plain_loops(power: float, seed: int):
         shares = np.sort(rng.uniform(0.01, 0.99, (2, 2)), axis=1).ravel()
         (found,) = detect_boxes(values, _mass(power, tuple(shares)))
         np.testing.assert_allclose(found, mass_twin.enclose_mass(values, power, shares), rtol=1e-10)
-        y, x = heat_maps.locate_mass(values**power, shares)
+        y, x = locate_mass(values**power, shares)
         columns, rows = mass_twin.find_profiles(values, power)
         np.testing.assert_allclose(x, [mass_twin.find_edge(columns, share) for share in shares], rtol=1e-10)
         np.testing.assert_allclose(y, [mass_twin.find_edge(rows, share) for share in shares], rtol=1e-10)

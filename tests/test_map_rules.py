@@ -8,9 +8,10 @@ import pytest
 
 from cxa_jax import map_rules
 from cxa_jax.boxes import compute_iou
-from cxa_jax.heat_maps import Rule, detect_boxes, locate_mass, scale_map, upsample_maps
+from cxa_jax.heat_maps import Rule, detect_boxes, scale_map, upsample_maps
 from cxa_jax.localization import score_maps
 from cxa_jax.map_controls import draw_donors
+from cxa_jax.map_mass import locate_mass
 from cxa_jax.scored_maps import MAP_KINDS, derive_maps
 from cxa_jax.threshold_free import reduce_frame
 from cxa_jax.workdir import to_json

@@ -82,7 +82,7 @@ def test_numbers_of_a_run(run, predicted, tmp_path):
     assert text["test"]["at_0.5"]["threshold"] == 0.5
     assert text["phantom"] is True and text["fingerprint"] == "fingerprint0"
     maps = text["localization"]["all_boxed"]["rules"]["half_max"]
-    own = {"attention", "attention_logits", "weights", "grad_cam", "evidence", "attended_evidence", "cam"}
+    own = {"attention", "weights", "grad_cam", "evidence", "attended_evidence", "cam"}
     own |= {f"{name}_absolute" for name in ("evidence", "attended_evidence", "cam")}
     beside = {f"{control}_{name}" for control in ("random_weights", "mean_map", "shuffled") for name in own}
     shared = {"median_box", "image_centre", "random_map", "grid_box", "thumbnail"}

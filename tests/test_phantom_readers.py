@@ -19,7 +19,7 @@ from cxa_jax.report_localization import RULE_NAMES, tabulate_localization
 from cxa_jax.scored_maps import THUMBNAIL
 from cxa_jax.thumbnail import compute_thumbnail_features
 
-MAPS = ("attention", "attention_logits", "weights", "evidence", "cam", "grad_cam")
+MAPS = ("attention", "weights", "evidence", "cam", "grad_cam")
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +114,8 @@ def test_xrays_take_the_readers_of_a_phantom_run(run, predicted, fitted, tmp_pat
     assert find_readers(xrays, finer, None) == {}
     assert "fitted on maps of 2x2 cells, and these have 4x4" in caplog.text
     caplog.clear()
-    assert find_readers(xrays, dataclasses.replace(test, attention_logits=None), None) == {}
-    assert "these are attention, cam, evidence" in caplog.text and "same pooling and head" in caplog.text
+    assert find_readers(xrays, dataclasses.replace(test, cam=None), None) == {}
+    assert "these are attention, evidence, grad_cam" in caplog.text and "same pooling and head" in caplog.text
     caplog.clear()
     (phantoms / READERS_FILE).write_bytes(b"")
     assert find_readers(xrays, test, None) == {} and "cannot be read" in caplog.text
