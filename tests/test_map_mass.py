@@ -150,6 +150,11 @@ def test_shares_and_powers_that_make_no_box_are_refused(rule: Rule | str):
         detect_boxes(np.random.default_rng(0).random((5, 5)), rule)
 
 
+def test_it_cuts_no_mask():
+    with pytest.raises(UserError, match="'mass' cuts no mask off a map"):
+        heat_maps.threshold_map(np.random.default_rng(1).random((5, 5)), _mass())
+
+
 def test_it_is_said_in_words():
     assert heat_maps.describe_rule(_mass()) == (
         "edges at 12% and 83% of the map's mass from the left, 7% and 90% from the top"

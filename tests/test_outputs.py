@@ -9,6 +9,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import tiny
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from sklearn.metrics import log_loss, roc_auc_score
 
 from cxa_jax import figures, map_controls, map_evaluation, map_rules, outputs, run_metrics, summary
@@ -241,6 +242,20 @@ def test_pictures_are_written(run, predicted, tmp_path):
         picture = matplotlib.image.imread(tmp_path / f"{name}.png")
         assert min(picture.shape[:2]) > 200 and picture[..., :3].std() > 0.05
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_the_sheets_title_is_no_wider_than_the_sheet(run, predicted, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
+    wordy = Rule("mass", 0.5, scaling="min_max", shares=(0.12, 0.88, 0.12, 0.88))
+    figures.save_attention_sheet(run, predicted["test"], 0.5, tmp_path / "c.png", wordy)
+    (figure,) = drawn
+    FigureCanvasAgg(figure).draw()
+    (title,) = [text for text in figure.texts if text.get_text() == figure.get_suptitle()]
+    assert "the map's mass to the power 0.5" in title.get_text().replace("\n", " ")
+    place = title.get_window_extent()
+    assert 0 < place.x0 < place.x1 < figure.bbox.width
+    assert place.y0 > max(axes.get_window_extent().y1 for axes in figure.axes)  # and hides no panel
 
 
 def test_history_round_trip(tmp_path):
