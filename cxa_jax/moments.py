@@ -37,7 +37,10 @@ def fit_moments(run: Run, variables: dict[str, PyTree], epoch: int, num_batches:
     )
     shapes = variables["batch_stats"]
     moments = put_replicated(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes), run.mesh)
-    cure = "lower --config.train.batch_size, or set --config.train.recompute_moments=0"
+    cure = (
+        "lower --config.train.batch_size (at another test size --config.eval.batch_size), or set "
+        "--config.train.recompute_moments=0"
+    )
     with naming_exhaustion(f"the moments of config.train.batch_size={size} images", cure):
         for number in range(min(num_batches, per_epoch)):
             if jax.process_count() == 1:  # one of several must not leave the others

@@ -74,6 +74,10 @@ def _evaluate(config: ConfigDict, folder: pathlib.Path, output: pathlib.Path) ->
     resized = config.copy_and_resolve_references()
     with resized.unlocked():
         resized.data.image_size = size
+        # As many images for the moments, in batches that fit: eval.batch_size bounds the memory of a larger size.
+        batch_size = min(config.train.batch_size, config.eval.batch_size)
+        resized.train.recompute_moments *= -(-config.train.batch_size // batch_size)
+        resized.train.batch_size, resized.train.accumulate_steps = batch_size, 1
     run = create_run(resized)
     log_run(run)
     output = output / f"eval_{size}"

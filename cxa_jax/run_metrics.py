@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from cxa_jax.classification import describe_classification
+from cxa_jax.comparison import paired_bootstrap
 from cxa_jax.data.datasets import Split, shared_patients
 from cxa_jax.errors import UserError
 from cxa_jax.localization_table import summarize_tables
@@ -70,7 +71,10 @@ def describe_localization(
 
 
 def describe_thumbnail_baseline(run: Run, test: PredictionTable, split: Split) -> dict[str, Any] | None:
-    """Return the test AUROC of logistic regression on 8x8 thumbnails, fitted to the same training images."""
+    """Return the test AUROC of logistic regression on 8x8 thumbnails, fitted to the same training images.
+
+    `gain` is the network's AUROC less that, of the same images, paired by patient.
+    """
     train = run.dataset.splits["train"]
     try:
         features = _read_thumbnails(train)
@@ -79,14 +83,14 @@ def describe_thumbnail_baseline(run: Run, test: PredictionTable, split: Split) -
         log.warning("no thumbnail baseline: %s", error)
         return None
     scores = model.predict_proba(_read_thumbnails(split))[:, 1]
-    interval = bootstrap_interval(
-        test.label,
-        scores,
-        test.patient,
-        num_resamples=run.config.eval.num_bootstrap,
-        seed=run.config.seed,
-    )
-    return {"auroc": dataclasses.asdict(interval), "num_train_images": len(features)}
+    options = {"num_resamples": run.config.eval.num_bootstrap, "seed": run.config.seed}
+    interval = bootstrap_interval(test.label, scores, test.patient, **options)
+    gain = paired_bootstrap(test.label, test.score, scores, test.patient, **options).difference
+    return {
+        "auroc": dataclasses.asdict(interval),
+        "gain": dataclasses.asdict(gain),
+        "num_train_images": len(features),
+    }
 
 
 def _read_thumbnails(split: Split) -> np.ndarray:

@@ -18,8 +18,8 @@ def format_summary(report: dict[str, Any]) -> str:
         f"test AUROC {_format_interval(test['auroc'])} (95 % interval, bootstrap over patients)",
     ]
     if report["thumbnail_baseline"]:
-        baseline = _format_interval(report["thumbnail_baseline"]["auroc"])
-        lines.append(f"8x8 thumbnail + logistic regression on the same images: AUROC {baseline}")
+        baseline, gain = (_format_interval(report["thumbnail_baseline"][name]) for name in ("auroc", "gain"))
+        lines.append(f"8x8 thumbnail + logistic regression on the same images: AUROC {baseline}; above it {gain}")
     for name in ("at_0.5", "at_dev_threshold"):
         row = test[name]
         if row is not None:
