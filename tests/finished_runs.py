@@ -98,7 +98,11 @@ def write_run(
         "fingerprint": "0123456789abcdef",
         "train": {"num_images": 44, "num_positives": 15, "patients_shared": {"train/dev": 0}},
         "localization": describe_boxes(split, test, boxes, **options),
-        "thumbnail_baseline": {"auroc": {"estimate": 0.7, "low": 0.6, "high": 0.8}, "num_train_images": 44},
+        "thumbnail_baseline": {
+            "auroc": {"estimate": 0.7, "low": 0.6, "high": 0.8},
+            "gain": {"estimate": 0.1, "low": -0.1, "high": 0.3},
+            "num_train_images": 44,
+        },
         "checkpoint": {"step": 12, "epoch": 2, "monitored": 0.5},
         "config": settings | {"eval.num_bootstrap": NUM_RESAMPLES},
         "environment": {"commit": "abcdef0123456789"},

@@ -111,8 +111,11 @@ def test_numbers_of_a_run(run, predicted, tmp_path):
     at_level = text["localization"]["all_boxed"]["rules"]["phantom_tuned"]
     assert set(at_level) == set(maps) and text["localization"]["tuned_rules"]["source"].startswith("dev hearts")
     assert maps["median_box"]["mean_iou"]["estimate"] == pytest.approx(1)  # all tiny boxes are one box
-    assert text["thumbnail_baseline"]["auroc"]["estimate"] > 0.9
     lines = summary.format_summary(numbers)
+    baseline = text["thumbnail_baseline"]
+    assert baseline["auroc"]["estimate"] > 0.9
+    gain = roc_auc_score(test.label, test.score) - baseline["auroc"]["estimate"]
+    assert baseline["gain"]["estimate"] == pytest.approx(gain) and f"above it {gain:.3f} [" in lines
     assert "CHEST PHANTOM" in lines and "thumbnail" in lines and "AUROC" in lines
     cut = describe_rule(rules.rules["attention"])
     assert (
