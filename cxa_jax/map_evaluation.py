@@ -177,12 +177,15 @@ def _score_without_threshold(
 ) -> dict[str, dict[str, Interval]]:
     geometry = (run.dataset.image_size, run.model.backbone.stride, run.model.backbone.offset)
     options = {"num_resamples": run.config.eval.num_bootstrap, "seed": run.config.seed}
-    found, scores = {}, {}
+    found, scores, leading = {}, {}, find_leading_map(maps)
+    donors = draw_donors(patients, run.config.seed)
     for name, values in maps.items():
         control, of_map = split_control(name)
+        if control and of_map != leading:  # a hundred levels each: for what answers alone
+            continue
         scaling = "unit" if name == "random_map" else _scaling_of(name)
         if control == SHUFFLED:  # boxes move with their maps
-            found[name] = [found[of_map][donor] for donor in draw_donors(patients, run.config.seed)]
+            found[name] = [found[of_map][donor] for donor in donors]
         elif control == MEAN_MAP:
             found[name] = find_level_boxes(values[:1], *geometry, scaling=scaling) * len(values)
         else:
