@@ -109,18 +109,19 @@ def test_a_map_of_one_value_is_a_miss(value: float):
     assert detect_boxes(np.full((20, 20), value) * (1 + noise), _mass()).shape == (0, 4)
     maps, boxes = np.full((2, 4, 4), value), np.array([[2.0, 2, 20, 20]] * 2)
     (scores,) = score_maps_by_rules(maps, boxes, np.arange(2), 32, 8, 4, [_mass()], scaling="unit")
-    assert not scores.iou.any() and not scores.pointing.any() and not scores.num_boxes.any()
+    assert not scores.iou.any() and not scores.box_pointing.any() and not scores.num_boxes.any()
     assert np.isnan(scores.predicted).all()
 
 
-def test_it_points_at_its_boxs_centre_and_the_other_rules_at_the_peak():
+def test_its_box_points_where_the_weight_lies_and_the_map_at_its_peak():
     cells = np.zeros((2, 8, 8))
     cells[:, 2:6, 1:4] = 0.6  # the weight
     cells[:, 7, 7] = 1  # the peak
     boxes = np.array([[8.0, 16, 24, 32], [48, 48, 16, 16]])  # about the weight, about the peak
     rule = _mass(1, (0.1, 0.8) * 2)  # the peak is an eighth of the mass
     mass, peak = score_maps_by_rules(cells, boxes, np.arange(2), 64, 8, 4, [rule, "half_max"], scaling="unit")
-    assert mass.pointing.tolist() == [1, 0] and peak.pointing.tolist() == [0, 1]
+    assert mass.box_pointing.tolist() == [1, 0] and mass.pointing.tolist() == peak.pointing.tolist() == [0, 1]
+    assert peak.box_pointing.tolist() == [1, 0]  # its largest component is no peak
     np.testing.assert_array_equal(mass.energy_ratio, peak.energy_ratio)
     assert mass.iou[0] > 0.6 and mass.num_boxes.tolist() == [1, 1]
 

@@ -42,6 +42,16 @@ def predicted(run):
     }
 
 
+@pytest.fixture(scope="module")
+def controls(run):
+    return map_controls.draw_controls(run, run.create_state().variables)
+
+
+@pytest.fixture(scope="module")
+def boxed(run):
+    return {name: map_evaluation.find_boxed_images(run.dataset.splits[name]) for name in ("dev", "test")}
+
+
 def test_every_image_once_and_no_padding(run, predicted):
     """19 images in batches of 8; each row must be what its image gives alone."""
     split, test = run.dataset.splits["test"], predicted["test"]
@@ -72,11 +82,11 @@ def test_loss_is_scikit_learns(seed):
     assert compute_loss(predictions, (0.5, 3.0)) == pytest.approx(np.mean(weights * each), rel=1e-6)
 
 
-def test_numbers_of_a_run(run, predicted, tmp_path):
+def test_numbers_of_a_run(run, predicted, controls, boxed, tmp_path):
     dev, test = predicted["dev"], predicted["test"]
-    tuned = map_rules.tune_rules(run, dev, map_evaluation.find_boxed_images(run.dataset.splits["dev"]))
-    rules, variables = map_rules.find_rules(run, tuned), run.create_state().variables
-    boxes = outputs.save_localization(run, variables, dev.to_table(), test, tmp_path, rules)
+    of_dev = map_evaluation.collect_maps(run, dev, boxed["dev"], controls)
+    rules = map_rules.find_rules(run, map_rules.tune_rules(run, of_dev, boxed["dev"]))
+    boxes = outputs.save_localization(run, dev.to_table(), test, tmp_path, boxed["test"], rules, controls)
     numbers = run_metrics.compute_run_metrics(run, dev.to_table(), test.to_table(), boxes)
     text = json.loads(to_json(numbers), parse_constant=pytest.fail)
     assert text["test"]["auroc"]["estimate"] == pytest.approx(roc_auc_score(test.label, test.score))
@@ -91,7 +101,8 @@ def test_numbers_of_a_run(run, predicted, tmp_path):
     otsu = set(text["localization"]["all_boxed"]["rules"]["otsu"])
     assert not (beside | {"thumbnail"}) & otsu and own <= otsu  # controls only where they answer
     free = text["localization"]["threshold_free"]["maps"]
-    assert set(free) == own | beside | {"random_map", "thumbnail"}
+    answering = {f"{control}_attention" for control in ("random_weights", "mean_map", "shuffled")}
+    assert set(free) == own | answering | {"random_map", "thumbnail"}
     assert all(0 <= value["estimate"] <= 1 for row in free.values() for value in row.values())
     assert free["attention"].keys() == {"max_box_acc_v2", *(f"max_box_acc_0.{n}" for n in (3, 5, 7)), "px_ap"}
     gains = maps["attention"]["iou_above_random_weights"]["estimate"]  # the network is as untrained as its control
@@ -126,22 +137,29 @@ def test_numbers_of_a_run(run, predicted, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["localization_test.csv", "maps_test.npz"]
 
 
-def test_rules_are_tuned_on_dev_boxes_of_phantoms_alone(run, predicted):
-    dev = predicted["dev"]
-    boxed = map_evaluation.find_boxed_images(run.dataset.splits["dev"])
-    tuned = map_rules.tune_rules(run, dev, boxed)
-    assert set(tuned) == {*derive_maps(dev.maps), "thumbnail"}  # which is cut as well as any map
+def test_rules_are_tuned_on_dev_boxes_of_phantoms_alone(run, predicted, controls, boxed):
+    dev, boxed = predicted["dev"], boxed["dev"]
+    of_dev = map_evaluation.collect_maps(run, dev, boxed, controls)
+    tuned = map_rules.tune_rules(run, of_dev, boxed)
+    own = set(derive_maps(dev.maps))  # and controls are cut by what suits them
+    beside = {f"{control}_{name}" for control in ("random_weights", "mean_map") for name in own}
+    assert set(tuned) == own | beside | {"thumbnail"} and set(of_dev) - set(tuned) == {f"shuffled_{n}" for n in own}
     patients, backbone = dev.index["patient"][boxed.rows], run.model.backbone
-    geometry, maps = (tiny.SIZE, backbone.stride, backbone.offset), dev.evidence[boxed.rows]
+    geometry = (tiny.SIZE, backbone.stride, backbone.offset)
     rules = [Rule(kind, value, components) for kind, value in map_rules.CUTS for components in ("largest", "all")]
-    scaled = [scale_map(upsample_maps(cells, *geometry), "positive") for cells in maps]
-    rules += mass_twin.list_rules(scaled, boxed.boxes)
-    options = {"scaling": "positive"}
-    overlap = [score_maps(maps, boxed.boxes, patients, *geometry, rule, **options).iou.mean() for rule in rules]
-    assert tuned["evidence"]["mean_iou"] == pytest.approx(max(overlap))
-    assert tuned["evidence"]["num_images"] == len(boxed.rows) and tuned["evidence"]["scaling"] == "positive"
+    for name in ("evidence", "random_weights_evidence"):
+        maps = of_dev[name]
+        scaled = [scale_map(upsample_maps(cells, *geometry), "positive") for cells in maps]
+        options = {"scaling": "positive"}
+        overlap = [
+            score_maps(maps, boxed.boxes, patients, *geometry, rule, **options).iou.mean()
+            for rule in [*rules, *mass_twin.list_rules(scaled, boxed.boxes)]
+        ]
+        assert tuned[name]["mean_iou"] == pytest.approx(max(overlap))
+        assert tuned[name]["num_images"] == len(boxed.rows) and tuned[name]["scaling"] == "positive"
+    np.testing.assert_array_equal(of_dev["evidence"], dev.evidence[boxed.rows])
     xrays = dataclasses.replace(run, dataset=dataclasses.replace(run.dataset, name="chestxray14"))
-    assert map_rules.tune_rules(xrays, dev, boxed) is None
+    assert map_rules.tune_rules(xrays, of_dev, boxed) is None
 
 
 def test_xrays_take_the_rules_of_a_phantom_run(run, tmp_path):
@@ -188,23 +206,28 @@ def test_the_mean_map_is_that_of_the_training_images(run, monkeypatch):
     assert map_controls.average_training_maps(dataclasses.replace(run, dataset=empty), variables) is None
 
 
-def test_random_weights_have_moments_as_the_run_has_them(run, predicted):
+def test_random_weights_have_moments_of_training_images(run, controls, caplog):
     rows = np.array([0, 3, 5])
-    stored = map_controls.predict_with_random_weights(run, "test", rows)
-    recomputing = dataclasses.replace(run, config=tiny.make_config(**{"train.recompute_moments": 2}))
-    found = map_controls.predict_with_random_weights(recomputing, "test", rows)
     drawn = run.draw_state(jax.random.fold_in(run.root_key, CONTROL)).variables
-    images = np.stack([run.dataset.splits["test"].source[int(row)]["image"] for row in rows])
-    padded = np.concatenate([images, np.zeros((5, *images.shape[1:]), np.uint8)])
-    for maps, variables in ((stored, drawn), (found, fit_moments(run, drawn, 0, 2))):
-        expected = run.test_step(variables, padded)
-        for name in ("attention", "evidence", "cam"):
-            np.testing.assert_allclose(maps[name], expected[name][:3], rtol=1e-3, atol=1e-6)
-    assert not np.allclose(found["evidence"], stored["evidence"], rtol=0.1)
+    recomputing = dataclasses.replace(run, config=tiny.make_config(**{"train.recompute_moments": 2}))
     nothing = dataclasses.replace(run.dataset.splits["train"], source=[])  # the data of another size may have none
     empty = dataclasses.replace(run.dataset, splits=run.dataset.splits | {"train": nothing})
-    without = map_controls.predict_with_random_weights(dataclasses.replace(recomputing, dataset=empty), "test", rows)
-    np.testing.assert_allclose(without["evidence"], stored["evidence"], rtol=1e-5)
+    images = np.stack([run.dataset.splits["test"].source[int(row)]["image"] for row in rows])
+    padded = np.concatenate([images, np.zeros((5, *images.shape[1:]), np.uint8)])
+    evidence = []
+    for variables, expected in (
+        (controls.random_weights, fit_moments(run, drawn, 0, map_controls.NUM_FITTED)),
+        (map_controls.draw_random_weights(recomputing), fit_moments(run, drawn, 0, 2)),  # as the run has them
+        (map_controls.draw_random_weights(dataclasses.replace(recomputing, dataset=empty)), drawn),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, variables, expected)
+        found = map_controls.predict_with_random_weights(run, variables, "test", rows)
+        said = run.test_step(expected, padded)
+        for name in ("attention", "evidence", "cam"):
+            np.testing.assert_allclose(found[name], said[name][:3], rtol=1e-3, atol=1e-6)
+        evidence.append(found["evidence"])
+    assert "no training images for others" in caplog.text
+    assert not np.allclose(evidence[0], evidence[2], rtol=0.1) and not np.array_equal(evidence[0], evidence[1])
 
 
 def run_config(run):

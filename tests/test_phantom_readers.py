@@ -11,9 +11,9 @@ from cxa_jax import outputs
 from cxa_jax import run as run_module
 from cxa_jax.box_reader import fit_readers, save_readers
 from cxa_jax.evaluate import evaluate_split
-from cxa_jax.localization_table import RANDOM_WEIGHTS, READER, split_control, summarize_tables
-from cxa_jax.map_controls import predict_with_random_weights
-from cxa_jax.map_evaluation import find_boxed_images
+from cxa_jax.localization_table import RANDOM_WEIGHTS, READER, summarize_tables
+from cxa_jax.map_controls import draw_controls, predict_with_random_weights
+from cxa_jax.map_evaluation import collect_maps, find_boxed_images
 from cxa_jax.phantom_readers import READERS_FILE, describe_readers, find_readers, fit_phantom_readers
 from cxa_jax.report_localization import RULE_NAMES, tabulate_localization
 from cxa_jax.scored_maps import THUMBNAIL
@@ -39,8 +39,18 @@ def predicted(run):
 
 
 @pytest.fixture(scope="module")
-def fitted(run, predicted):
-    return fit_phantom_readers(run, predicted["dev"], find_boxed_images(run.dataset.splits["dev"]))
+def controls(run):
+    return draw_controls(run, run.create_state().variables)
+
+
+@pytest.fixture(scope="module")
+def maps(run, predicted, controls):
+    return collect_maps(run, predicted["dev"], find_boxed_images(run.dataset.splits["dev"]), controls)
+
+
+@pytest.fixture(scope="module")
+def fitted(run, predicted, maps):
+    return fit_phantom_readers(run, predicted["dev"], find_boxed_images(run.dataset.splits["dev"]), maps)
 
 
 def as_xrays(run, **fields):
@@ -48,28 +58,28 @@ def as_xrays(run, **fields):
     return dataclasses.replace(run, config=tiny.make_config(**fields), dataset=dataset)
 
 
-def test_they_are_fitted_on_the_positives_of_dev_alone(run, predicted, fitted):
+def test_they_are_fitted_on_the_positives_of_dev_alone(run, predicted, controls, maps, fitted):
     dev, split = predicted["dev"], run.dataset.splits["dev"]
     rows = np.flatnonzero(dev.label == 1)
-    random = {f"{RANDOM_WEIGHTS}_{name}": maps for name, maps in predict_with_random_weights(run, "dev", rows).items()}
-    maps = {name: getattr(dev, name)[rows] for name in MAPS}
-    maps |= {name: values for name, values in random.items() if split_control(name)[1] in MAPS}  # no products of them
-    assert not np.allclose(maps[f"{RANDOM_WEIGHTS}_evidence"], maps["evidence"])
+    random = predict_with_random_weights(run, controls.random_weights, "dev", rows)
+    read = {name: getattr(dev, name)[rows] for name in MAPS}
+    read |= {f"{RANDOM_WEIGHTS}_{name}": values for name, values in random.items() if name in MAPS}  # no products
+    assert not np.allclose(read[f"{RANDOM_WEIGHTS}_evidence"], read["evidence"])
     images = np.stack([split.source[row]["image"] for row in rows])
-    maps[THUMBNAIL] = compute_thumbnail_features(images, (2, 2)).reshape(-1, 2, 2)
+    read[THUMBNAIL] = compute_thumbnail_features(images, (2, 2)).reshape(-1, 2, 2)
     boxes = np.array([split.source[row]["boxes"][0] for row in rows])
-    expected = fit_readers(maps, boxes, dev.index["patient"][rows], tiny.SIZE)
+    expected = fit_readers(read, boxes, dev.index["patient"][rows], tiny.SIZE)
     assert describe_readers(fitted) == describe_readers(expected)
     for name, reader in expected.items():
         np.testing.assert_allclose(fitted[name].center, reader.center, rtol=1e-6)
     assert fitted["evidence"].num_images == len(rows) < len(dev.label)
-    assert fit_phantom_readers(as_xrays(run), dev, find_boxed_images(split)) is None
+    assert fit_phantom_readers(as_xrays(run), dev, find_boxed_images(split), maps) is None
 
 
-def test_they_are_one_more_rule_of_a_test(run, predicted, fitted, tmp_path):
+def test_they_are_one_more_rule_of_a_test(run, predicted, controls, fitted, tmp_path):
     readers = find_readers(run, predicted["test"], fitted)
-    dev, test, variables = predicted["dev"].to_table(), predicted["test"], run.create_state().variables
-    table = outputs.save_localization(run, variables, dev, test, tmp_path, None, readers).table
+    dev, test, boxed = predicted["dev"].to_table(), predicted["test"], find_boxed_images(run.dataset.splits["test"])
+    table = outputs.save_localization(run, dev, test, tmp_path, boxed, None, controls, readers).table
     rows = {name for name, rule in table.scores if rule == READER}
     together = {"all_maps", "thumbnail_and_maps"}
     own = {*MAPS, *together}
@@ -90,9 +100,9 @@ def test_they_are_one_more_rule_of_a_test(run, predicted, fitted, tmp_path):
     assert pairs == {(name, title) for name in set(names[: len(own)]) for title in titles}
 
 
-def test_positives_of_one_patient_fit_nothing(run, predicted):
+def test_positives_of_one_patient_fit_nothing(run, predicted, maps):
     boxed = find_boxed_images(run.dataset.splits["dev"])
-    assert fit_phantom_readers(run, predicted["dev"], dataclasses.replace(boxed, rows=boxed.rows[:1])) is None
+    assert fit_phantom_readers(run, predicted["dev"], dataclasses.replace(boxed, rows=boxed.rows[:1]), maps) is None
 
 
 def test_xrays_take_the_readers_of_a_phantom_run(run, predicted, fitted, tmp_path, caplog):
