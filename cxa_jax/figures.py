@@ -1,6 +1,7 @@
 """Pictures of a run: augmented images (Fig. 3), training curves, test X-rays with their attention (Figs. 7, 8)."""
 
 import pathlib
+import textwrap
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from cxa_jax.scored_maps import MAP_KINDS
 from cxa_jax.steps import augment_batch
 from cxa_jax.workdir import flatten_config
 
+LINE = 110  # characters that a sheet is wide
 NUM_EACH = 2  # test images of each kind on a sheet
 PHANTOM_MARK = "chest phantom (drawings, not X-rays of patients)"
 CLASSES = ("no finding", "cardiomegaly")
@@ -123,9 +125,10 @@ def save_attention_sheet(
     split = run.dataset.splits[predictions.split]
     limit = float(np.abs(predictions.evidence[rows]).max()) or 1.0
     figure = Figure(figsize=(11, 2.75 * len(rows) + 0.5), layout="constrained")
-    said = f"{predictions.split} images, threshold {threshold:.3g}\ntrue boxes green"
+    boxes = "true boxes green"
     if name:
-        said += f"; found ones orange, dashed: {MAP_KINDS[name].title}, {describe_rule(rule)}"
+        boxes += f"; found ones orange, dashed: {MAP_KINDS[name].title}, {describe_rule(rule)}"
+    said = f"{predictions.split} images, threshold {threshold:.3g}\n{textwrap.fill(boxes, LINE)}"
     figure.suptitle(_title(run, said), fontsize=11)
     axes = figure.subplots(len(rows), 4, squeeze=False)
     for line, row in zip(axes, rows, strict=True):

@@ -84,14 +84,14 @@ def _parse_number(text: str) -> float:
 
 def describe_rule(rule: Rule) -> str:
     """Return a rule in words."""
+    scaled = f", scaled {rule.scaling}" if rule.scaling else ""
     if rule.kind == "mass":
         left, right, top, bottom = (f"{share:.0%}" for share in rule.shares)
-        power = "" if rule.value == 1 else f" to the power {rule.value:g}"
-        return f"edges at {left} and {right} of the map's mass{power} from the left, {top} and {bottom} from the top"
+        mass = "the map's mass" if rule.value == 1 else f"the map's mass to the power {rule.value:g}"
+        return f"edges at {left} and {right} of {mass} from the left, {top} and {bottom} from the top{scaled}"
     named = {"wang": "60 and 180 of 255", "half_max": "half the maximum", "otsu": "Otsu"}
     numbered = {"level": f"level {rule.value:g}", "percentile": f"percentile {rule.value:g}"}
     parts = {"largest": "largest component", "all": "one box about all components", "each": "every component"}
-    scaled = f", scaled {rule.scaling}" if rule.scaling else ""
     return f"{(named | numbered)[rule.kind]}, {parts[rule.components]}{scaled}"
 
 

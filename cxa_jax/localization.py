@@ -62,7 +62,8 @@ class LocalizationScores:
         iobb: [N] best IoBB over the detected boxes.
         false_positives: [N, 5] detected boxes whose IoBB does not exceed each of `IOBB_THRESHOLDS`.
         pointing: [N] 1 where the strongest cell's centre lies in the box; a share where several cells are strongest;
-            of the rule 'mass', and of boxes that are given, where the found box's centre does.
+            of a box that is given, where its centre lies there.
+        box_pointing: [N] 1 where the centre of the largest detected box lies in the box; 0 for a miss.
         energy_ratio: [N] share of the map's sum inside the box over the box's share of the image; 1 is chance;
             nan for a map of zeros.
         heart_energy_ratio: [N] the same for a heart mask; nan without one.
@@ -75,6 +76,7 @@ class LocalizationScores:
     iobb: np.ndarray
     false_positives: np.ndarray
     pointing: np.ndarray
+    box_pointing: np.ndarray
     energy_ratio: np.ndarray
     heart_energy_ratio: np.ndarray
 
@@ -147,7 +149,7 @@ def score_maps_by_rules(
         heart_masks: [N, H, W], non-zero on the heart (phantom); adds heart_energy_ratio.
 
     Returns:
-        Scores under each rule; energy is the same in all, and pointing but for 'mass', whose box points at its centre.
+        Scores under each rule; pointing and energy are the same in all.
 
     Raises:
         UserError: maps, boxes, patients or masks that do not fit together, a map with nan, a box outside the image, an
@@ -178,10 +180,7 @@ def score_maps_by_rules(
             same["heart_energy_ratio"] = compute_energy_ratio(values, np.asarray(heart_masks[index]) != 0)
         for rule, scored in zip(rules, rows, strict=True):
             cut = values if rule.scaling in (None, scaling) else scale_map(upsampled, rule.scaling)
-            found = detect_boxes(cut, rule)
-            scored.append(_score_detections(found, box) | same)
-            if rule.kind == "mass":  # which asks where the weight lies, not the peak
-                scored[-1]["pointing"] = float(_points_into(box, found))
+            scored.append(_score_detections(detect_boxes(cut, rule), box) | same)
     return [_stack_rows(scored, patients) for scored in rows]
 
 
@@ -199,6 +198,7 @@ def _score_detections(detected: np.ndarray, box: np.ndarray) -> dict[str, np.nda
         "iobb": iobb.max(initial=0.0),
         "false_positives": np.array([np.sum(iobb <= threshold) for threshold in IOBB_THRESHOLDS], np.float64),
         "pointing": np.nan,
+        "box_pointing": float(_points_into(box, detected)),
         "energy_ratio": np.nan,
         "heart_energy_ratio": np.nan,
     }
@@ -219,7 +219,7 @@ def score_boxes(predicted: ArrayLike, boxes: ArrayLike, patients: ArrayLike) -> 
     rows = []
     for guess, box in zip(np.asarray(predicted, np.float64), np.asarray(boxes, np.float64), strict=True):
         row = _score_detections(guess[None], box)
-        row["pointing"] = float(_points_into(box, guess[None]))
+        row["pointing"] = row["box_pointing"]
         if not np.isfinite(guess).all():
             row = {name: np.full_like(value, np.nan) for name, value in row.items()}
         rows.append(row)
@@ -293,7 +293,7 @@ def compute_columns(scores: LocalizationScores) -> dict[str, np.ndarray]:
     for index, threshold in enumerate(IOBB_THRESHOLDS):
         columns[f"accuracy_iobb_{threshold:g}"] = np.where(known, scores.iobb > threshold, np.nan)
         columns[f"false_positives_iobb_{threshold:g}"] = scores.false_positives[:, index]
-    for name in ("pointing", "energy_ratio", "heart_energy_ratio"):
+    for name in ("pointing", "box_pointing", "energy_ratio", "heart_energy_ratio"):
         columns[name] = getattr(scores, name)
     columns["miss_rate"] = np.where(known, scores.num_boxes == 0, np.nan)
     return columns

@@ -19,7 +19,7 @@ from cxa_jax.scored_maps import THUMBNAIL
 from cxa_jax.workdir import write_atomically
 
 FALSE_POSITIVES = tuple(f"false_positives_iobb_{threshold:g}" for threshold in IOBB_THRESHOLDS)
-SCALARS = ("num_boxes", "iou", "iobb", "pointing", "energy_ratio", "heart_energy_ratio")
+SCALARS = ("num_boxes", "iou", "iobb", "pointing", "box_pointing", "energy_ratio", "heart_energy_ratio")
 BOX = ("x", "y", "w", "h")
 COLUMNS = ("map", "rule", "id", "patient", "predicted_positive", *SCALARS, *FALSE_POSITIVES, *BOX)
 SETS = ("all_boxed", "predicted_positives")
@@ -31,7 +31,7 @@ ANSWERING = (TUNED, "half_max")  # the rule that answers for a model: the first 
 # Controls that each map has of its own, as CONTROL_NAME, under ANSWERING rules: what it says whatever the image.
 RANDOM_WEIGHTS, MEAN_MAP, SHUFFLED = "random_weights", "mean_map", "shuffled"
 MAP_CONTROLS = (MEAN_MAP, SHUFFLED, RANDOM_WEIGHTS)
-MAP_CONTROL_METRICS = ("mean_iou", "pointing", "energy_ratio", "heart_energy_ratio", "miss_rate")
+MAP_CONTROL_METRICS = ("mean_iou", "pointing", "box_pointing", "energy_ratio", "heart_energy_ratio", "miss_rate")
 GAINED = ("iou", "pointing", "energy_ratio")  # fields of the scores that a map is held against its controls in
 SHARED_CONTROLS = {"median_box": GAINED[:2], THUMBNAIL: GAINED}  # the same for all maps of a run
 GAINS = {  # control -> metrics: a map's value less the control's, of the same images; a box has no energy

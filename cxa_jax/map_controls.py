@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,7 +20,25 @@ from cxa_jax.thumbnail import make_thumbnails
 
 log = logging.getLogger(__name__)
 
-NUM_AVERAGED = 512  # training images, of both classes, that a mean map is of
+NUM_AVERAGED = 256  # training images, of both classes, that a mean map is of
+NUM_FITTED = 8  # training batches behind the moments of random weights, where the run itself recomputes none
+
+
+class MapControls(NamedTuple):
+    """What the controls of a run's maps are made from, drawn once.
+
+    Attributes:
+      random_weights: variables of a freshly initialised network (`draw_random_weights`).
+      mean_maps: map -> [h, w] (`average_training_maps`), or None.
+    """
+
+    random_weights: PyTree
+    mean_maps: dict[str, np.ndarray] | None
+
+
+def draw_controls(run: Run, variables: PyTree) -> MapControls:
+    """Draw the controls of a trained network's maps; `variables` are the network's, on its devices."""
+    return MapControls(draw_random_weights(run), average_training_maps(run, variables))
 
 
 def average_training_maps(run: Run, variables: PyTree) -> dict[str, np.ndarray] | None:
@@ -45,12 +63,24 @@ def average_training_maps(run: Run, variables: PyTree) -> dict[str, np.ndarray] 
     }
 
 
-def predict_with_random_weights(run: Run, split_name: str, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the maps of a freshly initialised network: what architecture and position alone put into them."""
-    key = jax.random.fold_in(run.root_key, CONTROL)
-    variables, num_batches = put_replicated(run.draw_state(key).variables, run.mesh), run.config.train.recompute_moments
-    if num_batches:  # as the trained network has them
-        variables = fit_moments(run, variables, 0, num_batches)
+def draw_random_weights(run: Run) -> PyTree:
+    """Draw the variables of a freshly initialised network, its batch norms with the moments of training images.
+
+    With moments of 0 and 1 its activations would be no trained network's, and their maps no control.
+    """
+    variables = put_replicated(run.draw_state(jax.random.fold_in(run.root_key, CONTROL)).variables, run.mesh)
+    if not len(run.dataset.splits["train"].source):
+        log.warning(
+            "the control of random weights has the moments of its draw: there are no training images for others"
+        )
+        return variables
+    return fit_moments(run, variables, 0, run.config.train.recompute_moments or NUM_FITTED)
+
+
+def predict_with_random_weights(
+    run: Run, variables: PyTree, split_name: str, rows: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return the maps that `draw_random_weights` gives images: what architecture and position alone put into them."""
     predicted = _predict_rows(run, variables, split_name, rows)
     finite = {name: maps for name, maps in predicted.maps.items() if np.isfinite(maps).all()}
     if len(finite) < len(predicted.maps):

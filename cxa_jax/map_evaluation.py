@@ -22,7 +22,7 @@ from cxa_jax.localization_table import (
     is_control,
     split_control,
 )
-from cxa_jax.map_controls import collect_thumbnails, draw_donors, predict_with_random_weights
+from cxa_jax.map_controls import MapControls, collect_thumbnails, draw_donors, predict_with_random_weights
 from cxa_jax.map_rules import MapRules
 from cxa_jax.run import Run
 from cxa_jax.scored_maps import MAP_KINDS, THUMBNAIL, derive_maps
@@ -83,7 +83,7 @@ def evaluate_maps(
     boxed: BoxedImages,
     threshold: float,
     rules: MapRules | None = None,
-    mean_maps: dict[str, np.ndarray] | None = None,
+    controls: MapControls | None = None,
     readers: dict[str, BoxReader] | None = None,
 ) -> Localization | None:
     """Score every map of the boxed images under every rule, and the controls; None without any box.
@@ -92,13 +92,13 @@ def evaluate_maps(
       predictions: of the split whose boxes they are.
       threshold: of a predicted positive, chosen on dev.
       rules: tuned on phantoms: one more rule for the maps that have one.
-      mean_maps: `map_controls.average_training_maps`.
+      controls: of these maps (`map_controls.draw_controls`); None leaves those of random weights and mean maps out.
       readers: of boxes, fitted on phantoms (`phantom_readers`): one more rule, of readers by name.
     """
     if not len(boxed.rows):
         return None
     patients = predictions.index["patient"][boxed.rows]
-    maps = collect_maps(run, predictions, boxed, mean_maps)
+    maps = collect_maps(run, predictions, boxed, controls)
     called = predictions.score[boxed.rows] >= threshold
     scores = _score_by_rules(run, predictions.attention.shape[1:], boxed, patients, maps, rules)
     if readers:
@@ -110,7 +110,7 @@ def evaluate_maps(
 
 
 def collect_maps(
-    run: Run, predictions: Predictions, boxed: BoxedImages, mean_maps: dict[str, np.ndarray] | None
+    run: Run, predictions: Predictions, boxed: BoxedImages, controls: MapControls | None
 ) -> dict[str, np.ndarray]:
     """Return the maps of the boxed images by name, [K, h, w] each, and those of their controls.
 
@@ -118,13 +118,15 @@ def collect_maps(
     """
     rows = boxed.rows
     own = {name: values[rows] for name, values in derive_maps(predictions.maps).items()}
-    untrained = predict_with_random_weights(run, predictions.split, rows)
+    untrained, mean_maps = {}, (controls and controls.mean_maps) or {}
+    if controls:
+        untrained = predict_with_random_weights(run, controls.random_weights, predictions.split, rows)
     donors = draw_donors(predictions.index["patient"][rows], run.config.seed)
     maps = dict(own)
     for name, values in own.items():
         if name in untrained:
             maps[f"{RANDOM_WEIGHTS}_{name}"] = untrained[name]
-        if mean_maps and name in mean_maps:
+        if name in mean_maps:
             maps[f"{MEAN_MAP}_{name}"] = np.broadcast_to(mean_maps[name], values.shape)
         if donors is not None:
             maps[f"{SHUFFLED}_{name}"] = values[donors]
@@ -161,8 +163,9 @@ def _score_by_rules(
 
 
 def _tuned_rule(name: str, tuned: MapRules | None) -> dict[str, Rule]:
-    of_map = split_control(name)[1]
-    return {TUNED: tuned.rules[of_map]} if tuned and of_map in tuned.rules else {}
+    """The rule of a map: its own, so that a control is not cut by what suits another; a shuffled map's is the map's."""
+    found = tuned and (tuned.rules.get(name) or tuned.rules.get(split_control(name)[1]))
+    return {TUNED: found} if found else {}
 
 
 def _scaling_of(name: str) -> str:
@@ -174,12 +177,15 @@ def _score_without_threshold(
 ) -> dict[str, dict[str, Interval]]:
     geometry = (run.dataset.image_size, run.model.backbone.stride, run.model.backbone.offset)
     options = {"num_resamples": run.config.eval.num_bootstrap, "seed": run.config.seed}
-    found, scores = {}, {}
+    found, scores, leading = {}, {}, find_leading_map(maps)
+    donors = draw_donors(patients, run.config.seed)
     for name, values in maps.items():
         control, of_map = split_control(name)
+        if control and of_map != leading:  # a hundred levels each: for what answers alone
+            continue
         scaling = "unit" if name == "random_map" else _scaling_of(name)
         if control == SHUFFLED:  # boxes move with their maps
-            found[name] = [found[of_map][donor] for donor in draw_donors(patients, run.config.seed)]
+            found[name] = [found[of_map][donor] for donor in donors]
         elif control == MEAN_MAP:
             found[name] = find_level_boxes(values[:1], *geometry, scaling=scaling) * len(values)
         else:

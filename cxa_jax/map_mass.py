@@ -16,7 +16,7 @@ def enclose_mass(values: np.ndarray, power: float, shares: ArrayLike) -> np.ndar
         power: that the map is raised to first; above 1 it weakens what is weak everywhere.
         shares: [4], of the sum left of the left and of the right edge, above the top and above the bottom edge.
     """
-    rows, columns = locate_mass(values**power, shares)
+    rows, columns = locate_mass((values / values.max()) ** power, shares)  # so that no faint map vanishes
     left, right, top, bottom = *columns[:2], *rows[2:]
     return np.array([left, top, right - left, bottom - top])
 

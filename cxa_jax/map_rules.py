@@ -3,13 +3,13 @@
 import dataclasses
 import logging
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from cxa_jax.boxes import compute_iou
 from cxa_jax.errors import UserError
-from cxa_jax.evaluate import Predictions
 from cxa_jax.heat_maps import (
     Rule,
     cut_percentiles,
@@ -20,11 +20,11 @@ from cxa_jax.heat_maps import (
     upsample_maps,
 )
 from cxa_jax.localization import BoxedImages, score_maps
-from cxa_jax.map_controls import collect_thumbnails
+from cxa_jax.localization_table import SHUFFLED, split_control
 from cxa_jax.map_mass import locate_mass
 from cxa_jax.model_names import name_backbone
 from cxa_jax.run import Run
-from cxa_jax.scored_maps import MAP_KINDS, THUMBNAIL, derive_maps
+from cxa_jax.scored_maps import MAP_KINDS
 from cxa_jax.threshold_free import Frame, reduce_frame
 from cxa_jax.trained_network import read_metrics
 
@@ -36,7 +36,7 @@ CUTS = tuple(("level", float(value)) for value in LEVELS) + tuple(("percentile",
 TUNED_COMPONENTS = ("largest", "all")
 POWERS = (1.0, 2.0, 4.0)  # of the rule 'mass'
 SHARES = np.arange(1, 100) / 100
-NUM_TUNED = 200  # boxed dev images that a rule is tuned on
+NUM_TUNED = 120  # boxed dev images that a rule is tuned on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,27 +99,34 @@ def _read_rules(tuned: dict[str, dict[str, Any]]) -> dict[str, Rule]:
     }
 
 
-def tune_rules(run: Run, predictions: Predictions, boxed: BoxedImages) -> dict[str, dict[str, Any]] | None:
+def tune_rules(run: Run, maps: Mapping[str, np.ndarray], boxed: BoxedImages) -> dict[str, dict[str, Any]] | None:
     """Find for each map the rule of the highest mean IoU on a phantom's dev boxes; None on X-rays or without a box.
 
     Levels and percentiles, the largest component or a box about all of them, and shares of the map's mass, in the
-    scalings that the map allows (`MAP_KINDS`). The image's thumbnail is tuned as if it were a map. They can then be
-    stated for X-rays, whose boxes no rule is ever fitted to: config.eval.levels_run.
+    scalings that the map allows (`MAP_KINDS`). The image's thumbnail, mean maps and those
+    of random weights have rules of their own, shuffled maps that of their map. They can then be stated for X-rays,
+    whose boxes no rule is ever fitted to: config.eval.levels_run.
+
+    Args:
+      run: whose dev split it is.
+      maps: map or control -> [N, h, w], of the boxed images (`map_evaluation.collect_maps`).
+      boxed: the images; the first NUM_TUNED are tuned on.
 
     Returns:
       map -> the rule's fields, 'mean_iou' and 'num_images'.
     """
     if not run.dataset.is_phantom or not len(boxed.rows):
         return None
-    rows, boxes = boxed.rows[:NUM_TUNED], boxed.boxes[:NUM_TUNED]
+    boxes, tuned = boxed.boxes[:NUM_TUNED], {}
     geometry = (run.dataset.image_size, run.model.backbone.stride, run.model.backbone.offset)
-    patients, tuned = predictions.index["patient"][rows], {}
-    tried = {name: maps[rows] for name, maps in derive_maps(predictions.maps).items()}
-    for name, maps in (tried | {THUMBNAIL: collect_thumbnails(run, predictions, rows)}).items():
-        kind = MAP_KINDS[name]
-        rule = find_best_rule(maps, boxes, reduce_frame(*geometry), kind.tuned_scalings)
-        scores = score_maps(maps, boxes, patients, *geometry, rule, scaling=kind.scaling)
-        tuned[name] = rule._asdict() | {"mean_iou": float(scores.iou.mean()), "num_images": len(rows)}
+    for name, values in maps.items():
+        control, of_map = split_control(name)
+        if control == SHUFFLED:
+            continue
+        kind, values = MAP_KINDS[of_map], values[:NUM_TUNED]
+        rule = find_best_rule(values, boxes, reduce_frame(*geometry), kind.tuned_scalings)
+        scores = score_maps(values, boxes, np.arange(len(boxes)), *geometry, rule, scaling=kind.scaling)
+        tuned[name] = rule._asdict() | {"mean_iou": float(scores.iou.mean()), "num_images": len(boxes)}
     return tuned
 
 

@@ -17,9 +17,10 @@ from cxa_jax.distributed import stop_if_agreed, stopping_together, writable
 from cxa_jax.errors import UserError
 from cxa_jax.evaluate import Predictions, evaluate_split
 from cxa_jax.finding_metrics import write_findings
+from cxa_jax.localization import BoxedImages
 from cxa_jax.localization_table import find_leading_map, write_localization
-from cxa_jax.map_controls import average_training_maps
-from cxa_jax.map_evaluation import Localization, evaluate_maps, find_boxed_images
+from cxa_jax.map_controls import MapControls, draw_controls
+from cxa_jax.map_evaluation import Localization, collect_maps, evaluate_maps, find_boxed_images
 from cxa_jax.map_rules import MapRules, find_rules, tune_rules
 from cxa_jax.metrics import compute_youden_threshold
 from cxa_jax.moments import fit_moments
@@ -92,10 +93,13 @@ def write_outputs(run: Run, folder: pathlib.Path, output: pathlib.Path) -> dict[
     """Restore the best state of `folder`, predict dev and test, and write every number and picture to `output`."""
     variables, meta = restore_best(run, folder)
     variables = refit_moments(run, variables, meta)
-    dev, dev_name, tuned, fitted = predict_dev(run, variables, folder, output, meta["config"]["data.image_size"])
+    boxed = {name: find_boxed_images(run.dataset.splits[name]) for name in ("dev", "test")}
+    controls = draw_controls(run, variables) if any(len(images.rows) for images in boxed.values()) else None
+    trained_size = meta["config"]["data.image_size"]
+    dev, dev_name, tuned, fitted = predict_dev(run, variables, folder, output, trained_size, boxed["dev"], controls)
     test = predict_split(run, variables, "test", output)
     rules, readers = find_rules(run, tuned), find_readers(run, test, fitted)
-    boxes = save_localization(run, variables, dev, test, output, rules, readers)
+    boxes = save_localization(run, dev, test, output, boxed["test"], rules, controls, readers)
     save_readers(output / READERS_FILE, fitted)
     if test.finding_logits is not None:
         write_findings(test, run.config.eval.num_bootstrap, run.config.seed, output)
@@ -152,7 +156,13 @@ def refit_moments(run: Run, variables: dict[str, PyTree], meta: dict[str, Any]) 
 
 
 def predict_dev(
-    run: Run, variables: dict[str, PyTree], folder: pathlib.Path, output: pathlib.Path, image_size: int
+    run: Run,
+    variables: dict[str, PyTree],
+    folder: pathlib.Path,
+    output: pathlib.Path,
+    image_size: int,
+    boxed: BoxedImages,
+    controls: MapControls | None,
 ) -> tuple[PredictionTable, str, dict[str, Any] | None, dict[str, BoxReader] | None]:
     """Predict dev; return its table, what it is in words, and the maps' rules and readers fitted on it.
 
@@ -171,28 +181,29 @@ def predict_dev(
             (output / DEV_FILE).unlink(missing_ok=True)
             return table, name_other_dev(image_size), None, None
     predictions = predict_split(run, variables, "dev", output)
-    boxed = find_boxed_images(split)
-    fitted = tune_rules(run, predictions, boxed), fit_phantom_readers(run, predictions, boxed)
+    if not run.dataset.is_phantom or not len(boxed.rows):
+        return predictions.to_table(), "dev", None, None
+    maps = collect_maps(run, predictions, boxed, controls)
+    fitted = tune_rules(run, maps, boxed), fit_phantom_readers(run, predictions, boxed, maps)
     return predictions.to_table(), "dev", *fitted
 
 
 def save_localization(
     run: Run,
-    variables: dict[str, PyTree],
     dev: PredictionTable,
     test: Predictions,
     output: pathlib.Path,
+    boxed: BoxedImages,
     rules: MapRules | None = None,
+    controls: MapControls | None = None,
     readers: dict[str, BoxReader] | None = None,
 ) -> Localization | None:
     """Score the maps against the boxes, and write localization_test.csv and maps_test.npz."""
     split, backbone = run.dataset.splits[test.split], run.model.backbone
-    boxed = find_boxed_images(split)
     threshold = compute_youden_threshold(dev.label, dev.score)
     if not np.isfinite(threshold):  # dev has one class
         threshold = FIXED_THRESHOLD
-    mean_maps = average_training_maps(run, variables) if len(boxed.rows) else None
-    found = evaluate_maps(run, test, boxed, threshold, rules, mean_maps, readers)
+    found = evaluate_maps(run, test, boxed, threshold, rules, controls, readers)
     if found is not None:
         write_localization(output / "localization_test.csv", found.table)
     rows = choose_rows(test, boxed.rows)

@@ -2,6 +2,7 @@
 
 import logging
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,6 @@ from cxa_jax.errors import UserError
 from cxa_jax.evaluate import Predictions
 from cxa_jax.localization import BoxedImages
 from cxa_jax.localization_table import RANDOM_WEIGHTS, is_control, split_control
-from cxa_jax.map_evaluation import collect_maps
 from cxa_jax.run import Run
 from cxa_jax.scored_maps import THUMBNAIL
 
@@ -20,7 +20,9 @@ log = logging.getLogger(__name__)
 READERS_FILE = "box_readers.npz"
 
 
-def fit_phantom_readers(run: Run, predictions: Predictions, boxed: BoxedImages) -> dict[str, BoxReader] | None:
+def fit_phantom_readers(
+    run: Run, predictions: Predictions, boxed: BoxedImages, maps: Mapping[str, np.ndarray]
+) -> dict[str, BoxReader] | None:
     """Fit readers to the boxed positives of a phantom's dev split; None on X-rays, whose boxes nothing is fitted to.
 
     Positives alone, though every phantom has a box: the images to be read are positives.
@@ -31,7 +33,6 @@ def fit_phantom_readers(run: Run, predictions: Predictions, boxed: BoxedImages) 
     if len(np.unique(patients)) < 2:
         log.info("no reader of boxes: the dev split has positives of one patient alone")
         return None
-    maps = collect_maps(run, predictions, boxed, None)
     read = (None, RANDOM_WEIGHTS)  # the network's own maps and their untrained twins: what is made of them adds nothing
     inputs = {
         name: values

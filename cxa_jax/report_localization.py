@@ -40,7 +40,7 @@ RULE_NAMES = {
 SET_NAMES = {"all_boxed": "all boxed positives", "predicted_positives": "boxed positives that the model calls positive"}
 HEAD = ("model", "map", "images (patients)")
 OVERLAP = ("mean_iou", GAIN, "accuracy_iou_0.1", "accuracy_iou_0.3", "accuracy_iou_0.5", "accuracy_iou_0.7")
-POINTING = ("pointing", "energy_ratio", "heart_energy_ratio", "miss_rate")
+POINTING = ("pointing", "box_pointing", "energy_ratio", "heart_energy_ratio", "miss_rate")
 THRESHOLD_FREE = {
     "max_box_acc_v2": "MaxBoxAccV2",
     "max_box_acc_0.3": "IoU .3",

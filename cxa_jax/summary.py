@@ -46,7 +46,7 @@ def _format_localization(localization: dict[str, Any] | None) -> list[str]:
     for name, values in rules[rule].items():
         if split_control(name)[0]:
             continue  # metrics.json has them, and the verdict below the gains over those that count
-        shown = {key: values[key] for key in ("pointing", "energy_ratio", "mean_iou") if values[key]}
+        shown = {key: values[key] for key in ("pointing", "energy_ratio", "box_pointing", "mean_iou") if values[key]}
         numbers = ", ".join(f"{key.replace('_', ' ')} {_format_interval(value)}" for key, value in shown.items())
         lines.append(f"  {name.replace('_', ' ')}: {numbers}")
     return lines + _format_verdict(rules)

@@ -15,13 +15,14 @@ from cxa_jax.map_evaluation import describe_threshold_free, find_boxed_images
 from cxa_jax.metric_writer import write_history
 from cxa_jax.predictions import write_predictions
 from cxa_jax.saved_maps import choose_rows, save_maps
-from cxa_jax.scored_maps import MAP_KINDS, derive_maps
+from cxa_jax.scored_maps import MAP_KINDS, THUMBNAIL, derive_maps
 from cxa_jax.threshold_free import (
     compute_best_overlaps,
     count_pixels,
     find_level_boxes,
     summarize_threshold_free,
 )
+from cxa_jax.thumbnail import make_thumbnails
 from cxa_jax.workdir import flatten_config, to_json, write_atomically
 
 STRIDE, OFFSET = 32, 14
@@ -48,8 +49,17 @@ def draw_predictions(split: Split, seed: int, effect: float, pooling: str) -> Pr
     maps = rng.random((len(label), 2, 2)).astype(np.float32)
     learnt = maps if pooling == "amm" else np.full_like(maps, 0.5)
     weights = learnt / learnt.sum((1, 2), keepdims=True)
-    cam = maps - 0.4 if pooling == "gap" else None
-    return Predictions(split.name, split.index, label, logit, learnt, maps - 0.5, weights, maps, cam)
+    return Predictions(
+        split.name,
+        split.index,
+        label,
+        logit,
+        attention=learnt,
+        evidence=maps - 0.5,
+        weights=weights,
+        grad_cam=maps,
+        cam=maps - 0.4,
+    )
 
 
 def write_run(
@@ -88,7 +98,11 @@ def write_run(
         "fingerprint": "0123456789abcdef",
         "train": {"num_images": 44, "num_positives": 15, "patients_shared": {"train/dev": 0}},
         "localization": describe_boxes(split, test, boxes, **options),
-        "thumbnail_baseline": {"auroc": {"estimate": 0.7, "low": 0.6, "high": 0.8}, "num_train_images": 44},
+        "thumbnail_baseline": {
+            "auroc": {"estimate": 0.7, "low": 0.6, "high": 0.8},
+            "gain": {"estimate": 0.1, "low": -0.1, "high": 0.3},
+            "num_train_images": 44,
+        },
         "checkpoint": {"step": 12, "epoch": 2, "monitored": 0.5},
         "config": settings | {"eval.num_bootstrap": NUM_RESAMPLES},
         "environment": {"commit": "abcdef0123456789"},
@@ -120,6 +134,8 @@ def score_boxes_of(split: Split, test: Predictions, threshold: float) -> Localiz
                 scores[key, rule] = score_maps(
                     cells, boxed.boxes, patients, tiny.SIZE, scaling=MAP_KINDS[name].scaling, **options
                 )
+        thumbnails = make_thumbnails((split.read_image(int(row)) for row in boxed.rows), (2, 2))
+        scores[THUMBNAIL, rule] = score_maps(thumbnails, boxed.boxes, patients, tiny.SIZE, **options)
         controls = score_controls(boxed.boxes, patients, tiny.SIZE, (2, 2), **options)
         scores |= {(name, rule): values for name, values in controls.items()}
     return LocalizationTable(split.index["id"][boxed.rows], test.score[boxed.rows] >= threshold, scores)

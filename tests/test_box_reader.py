@@ -30,10 +30,10 @@ from cxa_jax.localization_table import (
     GAINS,
     RANDOM_WEIGHTS,
     READER,
-    THUMBNAIL,
     LocalizationTable,
     summarize_tables,
 )
+from cxa_jax.scored_maps import THUMBNAIL
 from cxa_jax.thumbnail import make_thumbnails
 
 SIZE, GRID = (64, 96), (8, 12)
@@ -112,9 +112,9 @@ def test_images_of_a_patient_stay_together():
 def test_w_is_read_on_its_logit():
     maps, boxes, patients = draw(4)
     scores = 8 * (maps["evidence"] - 0.5)
-    named = {"attention": expit(scores), f"{RANDOM_WEIGHTS}_" + "attention": expit(scores), "z": scores}
+    named = {"attention": expit(scores), f"{RANDOM_WEIGHTS}_attention": expit(scores), "z": scores}
     expected = fit_reader(("z",), named, boxes, patients, SIZE)
-    for name in ("attention", f"{RANDOM_WEIGHTS}_" + "attention"):
+    for name in ("attention", f"{RANDOM_WEIGHTS}_attention"):
         np.testing.assert_allclose(
             fit_reader((name,), named, boxes, patients, SIZE).coefficients, expected.coefficients
         )
@@ -137,15 +137,15 @@ def test_wild_cells_still_give_a_box_inside_the_image():
 
 
 def test_every_map_alone_and_all_together_with_their_controls():
-    names = ["attention", "evidence", f"{RANDOM_WEIGHTS}_" + "attention", f"{RANDOM_WEIGHTS}_" + "evidence"]
+    names = ["attention", "evidence", f"{RANDOM_WEIGHTS}_attention", f"{RANDOM_WEIGHTS}_evidence"]
     random = tuple(names[2:])
     assert list_readers(names) == {
         THUMBNAIL: (THUMBNAIL,),
         **{name: (name,) for name in names},
         ALL_MAPS: ("attention", "evidence"),
         WITH_MAPS: (THUMBNAIL, "attention", "evidence"),
-        f"{RANDOM_WEIGHTS}_" + ALL_MAPS: random,
-        f"{RANDOM_WEIGHTS}_" + WITH_MAPS: (THUMBNAIL, *random),
+        f"{RANDOM_WEIGHTS}_{ALL_MAPS}": random,
+        f"{RANDOM_WEIGHTS}_{WITH_MAPS}": (THUMBNAIL, *random),
     }
     assert set(list_readers(["evidence"])) == {THUMBNAIL, "evidence", ALL_MAPS, WITH_MAPS}
 

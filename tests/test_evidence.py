@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cxa_jax.evidence import class_activation_map, complete_evidence, grad_cam, linearized_evidence
+from cxa_jax.evidence import (
+    class_activation_map,
+    complete_evidence,
+    grad_cam,
+    linearized_activation_map,
+    linearized_evidence,
+)
 from cxa_jax.pooling import NOT_AVERAGES, NOT_SUMS, POOLINGS, gwap, pool
 
 B, H, W, C = 3, 4, 5, 6
@@ -165,6 +171,49 @@ def test_a_linear_head_gives_the_class_activation_map(x64):
     np.testing.assert_allclose(
         linearized_evidence(head, features, attended), attended[..., 0] * cam, rtol=1e-12, atol=1e-12
     )
+
+
+@pytest.mark.parametrize("name", ["amm", "gap", "gmp"])
+def test_the_map_of_any_head_is_what_a_cell_does_to_the_logit_at_the_pooled_features(x64, name):
+    features, logits, rng = draw(12)
+    head, (pooled, p) = make_mlp(rng), POOLINGS[name](features, logits)
+    found = np.asarray(linearized_activation_map(head, features, pooled))
+    gradient = jax.grad(lambda f: jnp.sum(head(f)))(pooled)
+    expected = np.zeros((B, H, W))
+    for image, row, column in np.ndindex(B, H, W):
+        cell = features[image, row, column]
+        expected[image, row, column] = sum(float(g) * float(f) for g, f in zip(gradient[image], cell, strict=True))
+    np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-12)
+    # as a derivative: of the logit, while f moves towards a cell's features; forwards, and by differences
+    moved = features.transpose(1, 2, 0, 3).reshape(H * W, B, C)
+    forwards = jax.vmap(lambda cell: jax.jvp(head, (pooled,), (cell,))[1])(moved)
+    np.testing.assert_allclose(found.reshape(B, -1).T, forwards, rtol=1e-10, atol=1e-12)
+    step = 1e-6
+    differences = (jax.vmap(head)(pooled + step * moved) - jax.vmap(head)(pooled - step * moved)) / (2 * step)
+    np.testing.assert_allclose(found.reshape(B, -1).T, differences, rtol=1e-5, atol=1e-6)
+    if p.shape[-1] == 1:  # the evidence without p, where it is the same of all channels
+        share = linearized_evidence(head, features, p, pooled)
+        np.testing.assert_allclose(p[..., 0] * found, share, rtol=1e-10, atol=1e-12)
+
+
+def test_the_map_of_a_linear_head_is_the_classic_one_wherever_it_is_linearised(x64):
+    features, _, rng = draw(13)
+    kernel = jnp.asarray(rng.normal(size=C))
+    for pooled in (jnp.mean(features, axis=(1, 2)), jnp.asarray(rng.normal(size=(B, C)))):
+        found = linearized_activation_map(lambda f: f @ kernel + 0.7, features, pooled)
+        np.testing.assert_allclose(found, class_activation_map(features, kernel), rtol=1e-12, atol=1e-12)
+
+
+def test_the_map_of_any_head_is_float32_inside_and_treats_each_image_alone():
+    features, _, rng = draw(14)
+    head, pooled = make_mlp(rng), jnp.mean(features, axis=(1, 2))
+    rounded = features.astype(jnp.bfloat16), pooled.astype(jnp.bfloat16)
+    found = linearized_activation_map(head, *rounded)
+    wide = [array.astype(jnp.float32) for array in rounded]
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, linearized_activation_map(head, *wide), rtol=1e-5, atol=1e-5)
+    alone = linearized_activation_map(head, wide[0][1:2], wide[1][1:2])
+    np.testing.assert_allclose(found[1:2], alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["amm", "gap"])

@@ -63,6 +63,21 @@ def test_scalings():
         heat_maps.scale_map(values, "max")
 
 
+def test_the_log_odds_of_w_are_stretched():
+    rng = np.random.default_rng(11)
+    z = rng.normal(0, 3, (12, 15))
+    values = 1 / (1 + np.exp(-z))
+    expected = (z - z.min()) / (z.max() - z.min())
+    np.testing.assert_allclose(heat_maps.scale_map(values, "logit"), expected, rtol=1e-9, atol=1e-12)
+    ends = np.array([[0.0, 1e-7, 0.5, 1.0]])  # beyond 1e-6 of an end nothing is told apart, and nothing is infinite
+    assert heat_maps.scale_map(ends, "logit") == pytest.approx(np.array([[0, 0, 0.5, 1]]))
+    for value in (0.0, 0.3, 1.0):
+        assert not heat_maps.scale_map(np.full((3, 3), value), "logit").any()
+    for broken in (values + 0.5, values - 0.5):
+        with pytest.raises(UserError, match="'logit' is for maps in .0, 1.; this one spans"):
+            heat_maps.scale_map(broken, "logit")
+
+
 def test_otsu_equals_opencv():
     rng = np.random.default_rng(2)
     for _ in range(20):

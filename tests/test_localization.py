@@ -70,7 +70,8 @@ def test_magnitudes_count_whichever_way_they_speak():
 def test_several_rules_at_once_are_those_rules_one_by_one():
     maps, boxes, patients = _draw_scene(10)
     maps = 0.6 + 0.3 * maps
-    rules = ["wang", "half_max", "p85_all", 0.7, heat_maps.Rule("level", 0.5, scaling="min_max")]
+    mass = heat_maps.Rule("mass", 2.0, shares=(0.1, 0.9, 0.2, 0.8))
+    rules = ["wang", "half_max", "p85_all", 0.7, mass, heat_maps.Rule("level", 0.5, scaling="min_max")]
     together = localization.score_maps_by_rules(maps, boxes, patients, 224, 32, 14, rules, scaling="unit")
     for rule, found in zip(rules, together, strict=True):
         alone = _score(maps, boxes, patients, rule, scaling="unit")
@@ -125,6 +126,23 @@ def test_pointing_looks_at_the_strongest_cells_centre(offset: int):
         assert localization.compute_pointing(cells, np.array(box), 32, offset) == hit
     cells[4, 0] = 2  # a tie with a cell outside counts half
     assert localization.compute_pointing(cells, np.array((x - 1, y - 1, 3, 3)), 32, offset) == 0.5
+
+
+@pytest.mark.parametrize("rule", ["half_max", "wang", "p85_all", heat_maps.Rule("mass", 1.0, shares=(0.2, 0.7) * 2)])
+def test_the_found_box_points_at_its_own_centre(rule):
+    maps, boxes, patients = _draw_scene(11)
+    maps = np.roll(maps, (1, 1), axis=(1, 2))  # so that some miss
+    maps[0] = 0.5  # nothing is found
+    scores = _score(maps, boxes, patients, rule, scaling="unit")
+    x, y = (scores.predicted[:, :2] + scores.predicted[:, 2:] / 2).T
+    inside = (boxes[:, 0] <= x) & (x < boxes[:, 0] + boxes[:, 2]) & (boxes[:, 1] <= y) & (y < boxes[:, 1] + boxes[:, 3])
+    assert scores.box_pointing.tolist() == inside.astype(float).tolist()
+    assert np.isnan(x[0]) and 0 < inside[1:].sum()
+    assert localization.summarize(scores, num_resamples=10)["box_pointing"].estimate == pytest.approx(inside.mean())
+    given = localization.score_boxes(scores.predicted, boxes, patients)  # of which nothing else points
+    np.testing.assert_array_equal(given.pointing[1:], scores.box_pointing[1:])
+    np.testing.assert_array_equal(given.pointing, given.box_pointing)
+    assert np.isnan(given.box_pointing[0])  # nothing was said
 
 
 def test_the_box_does_not_depend_on_the_image_size_when_maps_and_boxes_grow_alike():

@@ -72,6 +72,25 @@ def test_the_gain_over_the_median_box_is_paired(tables):
     assert not any(GAIN in rules[name] for name in rules if is_control(name))
 
 
+def test_the_gain_over_the_images_thumbnail_is_paired_with_every_map(tables):
+    rules = summarize_tables(tables[:1], num_resamples=200, seed=0)["all_boxed"]["rules"]["phantom_tuned"]
+    control = tables[0].scores["thumbnail", "phantom_tuned"]
+    for name in ("attention", "cam", "evidence_absolute"):
+        own = tables[0].scores[name, "phantom_tuned"]
+        for metric in ("iou", "pointing", "energy_ratio"):
+            gains = {"gain": getattr(own, metric) - getattr(control, metric)}
+            expected = bootstrap_means(gains, own.patients, num_resamples=200)["gain"]
+            found = rules[name][f"{metric}_above_thumbnail"]
+            assert found == pytest.approx({end: getattr(expected, end) for end in found}, rel=1e-12)
+    assert rules["thumbnail"]["mean_iou"]["estimate"] == pytest.approx(control.iou.mean())
+    controls = [name for name in rules if is_control(name)]
+    assert "thumbnail" in controls and not any("iou_above_thumbnail" in rules[name] for name in controls)
+    old = {key: values for key, values in tables[1].scores.items() if key[0] != "thumbnail"}
+    pair = [tables[0], dataclasses.replace(tables[1], scores=old)]
+    found = summarize_tables(pair, num_resamples=20, seed=0)["all_boxed"]["rules"]["half_max"]["attention"]
+    assert "iou_above_thumbnail" not in found and GAIN in found
+
+
 def test_gains_over_a_maps_own_controls_are_paired(tables):
     rules = summarize_tables(tables[:1], num_resamples=200, seed=0)["all_boxed"]["rules"]["half_max"]
     own = tables[0].scores["evidence_absolute", "half_max"]
@@ -123,7 +142,7 @@ def test_a_single_boxed_patient_has_no_control_and_no_crash(tables):
 def test_the_map_that_answers_is_fixed_beforehand():
     assert find_leading_map(["random_weights_attention", "evidence", "weights", "attention"]) == "attention"
     assert find_leading_map(["grad_cam", "cam", "evidence", "median_box"]) == "evidence"
-    assert find_leading_map(["cam"]) == "cam" and find_leading_map(["median_box", "grid_box"]) is None
+    assert find_leading_map(["cam"]) == "cam" and find_leading_map(["median_box", "thumbnail"]) is None
 
 
 def test_maps_that_one_of_the_runs_lacks_are_left_out(tables):
@@ -135,10 +154,11 @@ def test_maps_that_one_of_the_runs_lacks_are_left_out(tables):
 
 
 def test_controls_are_known_by_name():
-    assert all(map(is_control, ("median_box", "image_centre", "random_map", "grid_box", "random_weights_attention")))
+    shared = ("median_box", "image_centre", "random_map", "grid_box", "thumbnail")
+    assert all(map(is_control, (*shared, "random_weights_attention")))
     assert is_control("shuffled_evidence") and is_control("mean_map_cam")
     assert split_control("random_weights_grad_cam") == ("random_weights", "grad_cam")
-    assert split_control("weights") == (None, "weights")
+    assert split_control("weights") == (None, "weights") and split_control("thumbnail") == (None, "thumbnail")
     assert not any(map(is_control, ("attention", "weights", "evidence", "cam", "grad_cam")))
 
 

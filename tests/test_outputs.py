@@ -3,20 +3,26 @@
 import dataclasses
 import json
 
+import jax
+import mass_twin
 import matplotlib.image
 import numpy as np
 import pytest
 import tiny
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from sklearn.metrics import log_loss, roc_auc_score
 
 from cxa_jax import figures, map_controls, map_evaluation, map_rules, outputs, run_metrics, summary
 from cxa_jax import run as run_module
 from cxa_jax.errors import UserError
 from cxa_jax.evaluate import Predictions, compute_loss, evaluate_split
-from cxa_jax.heat_maps import Rule, describe_rule
+from cxa_jax.heat_maps import Rule, describe_rule, scale_map, upsample_maps
 from cxa_jax.localization import score_maps
 from cxa_jax.metric_writer import write_history
+from cxa_jax.moments import fit_moments
 from cxa_jax.scored_maps import derive_maps
+from cxa_jax.steps import CONTROL
+from cxa_jax.thumbnail import make_thumbnails
 from cxa_jax.workdir import to_json
 
 
@@ -34,6 +40,16 @@ def predicted(run):
         name: evaluate_split(run.eval_step, variables, run.dataset.splits[name], run.mesh, batch_size=8, num_threads=0)
         for name in ("dev", "test")
     }
+
+
+@pytest.fixture(scope="module")
+def controls(run):
+    return map_controls.draw_controls(run, run.create_state().variables)
+
+
+@pytest.fixture(scope="module")
+def boxed(run):
+    return {name: map_evaluation.find_boxed_images(run.dataset.splits[name]) for name in ("dev", "test")}
 
 
 def test_every_image_once_and_no_padding(run, predicted):
@@ -66,36 +82,51 @@ def test_loss_is_scikit_learns(seed):
     assert compute_loss(predictions, (0.5, 3.0)) == pytest.approx(np.mean(weights * each), rel=1e-6)
 
 
-def test_numbers_of_a_run(run, predicted, tmp_path):
+def test_numbers_of_a_run(run, predicted, controls, boxed, tmp_path):
     dev, test = predicted["dev"], predicted["test"]
-    tuned = map_rules.tune_rules(run, dev, map_evaluation.find_boxed_images(run.dataset.splits["dev"]))
-    rules, variables = map_rules.find_rules(run, tuned), run.create_state().variables
-    boxes = outputs.save_localization(run, variables, dev.to_table(), test, tmp_path, rules)
+    of_dev = map_evaluation.collect_maps(run, dev, boxed["dev"], controls)
+    rules = map_rules.find_rules(run, map_rules.tune_rules(run, of_dev, boxed["dev"]))
+    boxes = outputs.save_localization(run, dev.to_table(), test, tmp_path, boxed["test"], rules, controls)
     numbers = run_metrics.compute_run_metrics(run, dev.to_table(), test.to_table(), boxes)
     text = json.loads(to_json(numbers), parse_constant=pytest.fail)
     assert text["test"]["auroc"]["estimate"] == pytest.approx(roc_auc_score(test.label, test.score))
     assert text["test"]["at_0.5"]["threshold"] == 0.5
     assert text["phantom"] is True and text["fingerprint"] == "fingerprint0"
     maps = text["localization"]["all_boxed"]["rules"]["half_max"]
-    own = {"attention", "weights", "grad_cam", "evidence", "attended_evidence"}
-    own |= {f"{name}_absolute" for name in ("evidence", "attended_evidence")}
+    own = {"attention", "weights", "grad_cam", "evidence", "attended_evidence", "cam"}
+    own |= {f"{name}_absolute" for name in ("evidence", "attended_evidence", "cam")}
     beside = {f"{control}_{name}" for control in ("random_weights", "mean_map", "shuffled") for name in own}
-    assert set(maps) - beside == own | {"median_box", "image_centre", "random_map", "grid_box"} and beside <= set(maps)
-    assert not beside & set(text["localization"]["all_boxed"]["rules"]["otsu"])  # only where they answer
+    shared = {"median_box", "image_centre", "random_map", "grid_box", "thumbnail"}
+    assert set(maps) - beside == own | shared and beside <= set(maps)
+    otsu = set(text["localization"]["all_boxed"]["rules"]["otsu"])
+    assert not (beside | {"thumbnail"}) & otsu and own <= otsu  # controls only where they answer
     free = text["localization"]["threshold_free"]["maps"]
-    assert set(free) == own | beside | {"random_map"}
+    answering = {f"{control}_attention" for control in ("random_weights", "mean_map", "shuffled")}
+    assert set(free) == own | answering | {"random_map", "thumbnail"}
     assert all(0 <= value["estimate"] <= 1 for row in free.values() for value in row.values())
     assert free["attention"].keys() == {"max_box_acc_v2", *(f"max_box_acc_0.{n}" for n in (3, 5, 7)), "px_ap"}
     gains = maps["attention"]["iou_above_random_weights"]["estimate"]  # the network is as untrained as its control
     assert gains == pytest.approx(
         maps["attention"]["mean_iou"]["estimate"] - maps["random_weights_attention"]["mean_iou"]["estimate"]
     )
+    images = np.stack([run.dataset.splits["test"].source[int(row)]["image"] for row in np.flatnonzero(test.label)])
+    thumbnails = make_thumbnails(images, (2, 2))
+    truth = np.tile([28.0, 20, 24, 24], (len(images), 1))
+    geometry = (tiny.SIZE, run.model.backbone.stride, run.model.backbone.offset)
+    seen = score_maps(thumbnails, truth, np.arange(len(images)), *geometry, "half_max")
+    assert maps["thumbnail"]["mean_iou"]["estimate"] == pytest.approx(seen.iou.mean())
+    for name in own:
+        gain = maps[name]["mean_iou"]["estimate"] - seen.iou.mean()
+        assert maps[name]["iou_above_thumbnail"]["estimate"] == pytest.approx(gain)
     assert set(text["localization"]["all_boxed"]["rules"]) == {"half_max", "otsu", "wang", "phantom_tuned"}
     at_level = text["localization"]["all_boxed"]["rules"]["phantom_tuned"]
     assert set(at_level) == set(maps) and text["localization"]["tuned_rules"]["source"].startswith("dev hearts")
     assert maps["median_box"]["mean_iou"]["estimate"] == pytest.approx(1)  # all tiny boxes are one box
-    assert text["thumbnail_baseline"]["auroc"]["estimate"] > 0.9
     lines = summary.format_summary(numbers)
+    baseline = text["thumbnail_baseline"]
+    assert baseline["auroc"]["estimate"] > 0.9
+    gain = roc_auc_score(test.label, test.score) - baseline["auroc"]["estimate"]
+    assert baseline["gain"]["estimate"] == pytest.approx(gain) and f"above it {gain:.3f} [" in lines
     assert "CHEST PHANTOM" in lines and "thumbnail" in lines and "AUROC" in lines
     cut = describe_rule(rules.rules["attention"])
     assert (
@@ -106,31 +137,41 @@ def test_numbers_of_a_run(run, predicted, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["localization_test.csv", "maps_test.npz"]
 
 
-def test_rules_are_tuned_on_dev_boxes_of_phantoms_alone(run, predicted):
-    dev = predicted["dev"]
-    boxed = map_evaluation.find_boxed_images(run.dataset.splits["dev"])
-    tuned = map_rules.tune_rules(run, dev, boxed)
-    assert set(tuned) == set(derive_maps(dev.maps))
+def test_rules_are_tuned_on_dev_boxes_of_phantoms_alone(run, predicted, controls, boxed):
+    dev, boxed = predicted["dev"], boxed["dev"]
+    of_dev = map_evaluation.collect_maps(run, dev, boxed, controls)
+    tuned = map_rules.tune_rules(run, of_dev, boxed)
+    own = set(derive_maps(dev.maps))  # and controls are cut by what suits them
+    beside = {f"{control}_{name}" for control in ("random_weights", "mean_map") for name in own}
+    assert set(tuned) == own | beside | {"thumbnail"} and set(of_dev) - set(tuned) == {f"shuffled_{n}" for n in own}
     patients, backbone = dev.index["patient"][boxed.rows], run.model.backbone
-    overlap = [
-        score_maps(
-            dev.evidence[boxed.rows], boxed.boxes, patients, tiny.SIZE, backbone.stride, backbone.offset,
-            Rule(kind, value, components), scaling="positive",
-        ).iou.mean()
-        for kind, value in map_rules.CUTS for components in ("largest", "all")
-    ]  # fmt: skip
-    assert tuned["evidence"]["mean_iou"] == pytest.approx(max(overlap))
-    assert tuned["evidence"]["num_images"] == len(boxed.rows) and tuned["evidence"]["scaling"] == "positive"
+    geometry = (tiny.SIZE, backbone.stride, backbone.offset)
+    rules = [Rule(kind, value, components) for kind, value in map_rules.CUTS for components in ("largest", "all")]
+    for name in ("evidence", "random_weights_evidence"):
+        maps = of_dev[name]
+        scaled = [scale_map(upsample_maps(cells, *geometry), "positive") for cells in maps]
+        options = {"scaling": "positive"}
+        overlap = [
+            score_maps(maps, boxed.boxes, patients, *geometry, rule, **options).iou.mean()
+            for rule in [*rules, *mass_twin.list_rules(scaled, boxed.boxes)]
+        ]
+        assert tuned[name]["mean_iou"] == pytest.approx(max(overlap))
+        assert tuned[name]["num_images"] == len(boxed.rows) and tuned[name]["scaling"] == "positive"
+    np.testing.assert_array_equal(of_dev["evidence"], dev.evidence[boxed.rows])
     xrays = dataclasses.replace(run, dataset=dataclasses.replace(run.dataset, name="chestxray14"))
-    assert map_rules.tune_rules(xrays, dev, boxed) is None
+    assert map_rules.tune_rules(xrays, of_dev, boxed) is None
 
 
 def test_xrays_take_the_rules_of_a_phantom_run(run, tmp_path):
     phantoms = tmp_path / "phantoms"
     phantoms.mkdir()
     rule = Rule("percentile", 87.5, "all", "positive")
+    mass = Rule("mass", 2.0, scaling="min_max", shares=(0.08, 0.91, 0.1, 0.87))
+    both = {"evidence": rule, "thumbnail": mass}
     facts = {
-        "phantom_tuned_rules": {"evidence": rule._asdict() | {"mean_iou": 0.4, "num_images": 200}},
+        "phantom_tuned_rules": {
+            name: each._asdict() | {"mean_iou": 0.4, "num_images": 200} for name, each in both.items()
+        },
         "config": dict(run_config(run)),
         "image_size": 64,
     }
@@ -138,7 +179,7 @@ def test_xrays_take_the_rules_of_a_phantom_run(run, tmp_path):
     config = tiny.make_config(**{"eval.levels_run": str(phantoms)})
     xrays = dataclasses.replace(run, config=config, dataset=dataclasses.replace(run.dataset, name="chestxray14"))
     rules = map_rules.find_rules(xrays, None)
-    assert rules.rules == {"evidence": rule} and "phantoms" in rules.source and "64 px" in rules.source
+    assert rules.rules == both and "phantoms" in rules.source and "64 px" in rules.source
     (phantoms / "metrics.json").write_text("{}")
     with pytest.raises(UserError, match="eval.levels_run=.* is no tested run on chest phantoms"):
         map_rules.find_rules(xrays, None)
@@ -163,6 +204,30 @@ def test_the_mean_map_is_that_of_the_training_images(run, monkeypatch):
     nothing = dataclasses.replace(split, source=[])
     empty = dataclasses.replace(run.dataset, splits=run.dataset.splits | {"train": nothing})
     assert map_controls.average_training_maps(dataclasses.replace(run, dataset=empty), variables) is None
+
+
+def test_random_weights_have_moments_of_training_images(run, controls, caplog):
+    rows = np.array([0, 3, 5])
+    drawn = run.draw_state(jax.random.fold_in(run.root_key, CONTROL)).variables
+    recomputing = dataclasses.replace(run, config=tiny.make_config(**{"train.recompute_moments": 2}))
+    nothing = dataclasses.replace(run.dataset.splits["train"], source=[])  # the data of another size may have none
+    empty = dataclasses.replace(run.dataset, splits=run.dataset.splits | {"train": nothing})
+    images = np.stack([run.dataset.splits["test"].source[int(row)]["image"] for row in rows])
+    padded = np.concatenate([images, np.zeros((5, *images.shape[1:]), np.uint8)])
+    evidence = []
+    for variables, expected in (
+        (controls.random_weights, fit_moments(run, drawn, 0, map_controls.NUM_FITTED)),
+        (map_controls.draw_random_weights(recomputing), fit_moments(run, drawn, 0, 2)),  # as the run has them
+        (map_controls.draw_random_weights(dataclasses.replace(recomputing, dataset=empty)), drawn),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, variables, expected)
+        found = map_controls.predict_with_random_weights(run, variables, "test", rows)
+        said = run.test_step(expected, padded)
+        for name in ("attention", "evidence", "cam"):
+            np.testing.assert_allclose(found[name], said[name][:3], rtol=1e-3, atol=1e-6)
+        evidence.append(found["evidence"])
+    assert "no training images for others" in caplog.text
+    assert not np.allclose(evidence[0], evidence[2], rtol=0.1) and not np.array_equal(evidence[0], evidence[1])
 
 
 def run_config(run):
@@ -215,6 +280,20 @@ def test_boxes_lie_on_the_edges_of_their_pixels(run, predicted, tmp_path, monkey
         boxes = [(patch.get_xy(), patch.get_width(), patch.get_height()) for patch in axes.patches]
         assert boxes in ([], [((27.5, 19.5), 24, 24), ((2.5, 3.5), 5, 6)])
     assert any(axes.patches for axes in drawn[0].axes)
+
+
+def test_the_sheets_title_is_no_wider_than_the_sheet(run, predicted, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
+    wordy = Rule("mass", 0.5, scaling="min_max", shares=(0.12, 0.88, 0.12, 0.88))
+    figures.save_attention_sheet(run, predicted["test"], 0.5, tmp_path / "c.png", wordy)
+    (figure,) = drawn
+    FigureCanvasAgg(figure).draw()
+    (title,) = [text for text in figure.texts if text.get_text() == figure.get_suptitle()]
+    assert "the map's mass to the power 0.5" in title.get_text().replace("\n", " ")
+    place = title.get_window_extent()
+    assert 0 < place.x0 < place.x1 < figure.bbox.width
+    assert place.y0 > max(axes.get_window_extent().y1 for axes in figure.axes)  # and hides no panel
 
 
 def test_history_round_trip(tmp_path):

@@ -11,13 +11,15 @@ from cxa_jax import outputs
 from cxa_jax import run as run_module
 from cxa_jax.box_reader import fit_readers, save_readers
 from cxa_jax.evaluate import evaluate_split
-from cxa_jax.localization_table import RANDOM_WEIGHTS, READER, THUMBNAIL, summarize_tables
-from cxa_jax.map_evaluation import SCALINGS, collect_maps, collect_thumbnails, find_boxed_images
+from cxa_jax.localization_table import RANDOM_WEIGHTS, READER, summarize_tables
+from cxa_jax.map_controls import draw_controls, predict_with_random_weights
+from cxa_jax.map_evaluation import collect_maps, find_boxed_images
 from cxa_jax.phantom_readers import READERS_FILE, describe_readers, find_readers, fit_phantom_readers
 from cxa_jax.report_localization import RULE_NAMES, tabulate_localization
+from cxa_jax.scored_maps import THUMBNAIL
 from cxa_jax.thumbnail import compute_thumbnail_features
 
-MAPS = {"attention", "weights", "evidence", "grad_cam"}
+MAPS = ("attention", "weights", "evidence", "cam", "grad_cam")
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +39,18 @@ def predicted(run):
 
 
 @pytest.fixture(scope="module")
-def fitted(run, predicted):
-    return fit_phantom_readers(run, predicted["dev"], find_boxed_images(run.dataset.splits["dev"]))
+def controls(run):
+    return draw_controls(run, run.create_state().variables)
+
+
+@pytest.fixture(scope="module")
+def maps(run, predicted, controls):
+    return collect_maps(run, predicted["dev"], find_boxed_images(run.dataset.splits["dev"]), controls)
+
+
+@pytest.fixture(scope="module")
+def fitted(run, predicted, maps):
+    return fit_phantom_readers(run, predicted["dev"], find_boxed_images(run.dataset.splits["dev"]), maps)
 
 
 def as_xrays(run, **fields):
@@ -46,47 +58,51 @@ def as_xrays(run, **fields):
     return dataclasses.replace(run, config=tiny.make_config(**fields), dataset=dataset)
 
 
-def test_they_are_fitted_on_the_positives_of_dev_alone(run, predicted, fitted):
+def test_they_are_fitted_on_the_positives_of_dev_alone(run, predicted, controls, maps, fitted):
     dev, split = predicted["dev"], run.dataset.splits["dev"]
     rows = np.flatnonzero(dev.label == 1)
-    maps = collect_maps(run, dev, rows)
-    assert set(maps) == MAPS | {f"{RANDOM_WEIGHTS}_" + name for name in MAPS} and MAPS <= set(SCALINGS)
-    np.testing.assert_array_equal(maps["evidence"], dev.evidence[rows])
-    assert not np.allclose(maps[f"{RANDOM_WEIGHTS}_" + "evidence"], maps["evidence"])
-    thumbnails = collect_thumbnails(run, dev, rows)
+    random = predict_with_random_weights(run, controls.random_weights, "dev", rows)
+    read = {name: getattr(dev, name)[rows] for name in MAPS}
+    read |= {f"{RANDOM_WEIGHTS}_{name}": values for name, values in random.items() if name in MAPS}  # no products
+    assert not np.allclose(read[f"{RANDOM_WEIGHTS}_evidence"], read["evidence"])
     images = np.stack([split.source[row]["image"] for row in rows])
-    np.testing.assert_allclose(thumbnails.reshape(len(rows), -1), compute_thumbnail_features(images, (2, 2)))
+    read[THUMBNAIL] = compute_thumbnail_features(images, (2, 2)).reshape(-1, 2, 2)
     boxes = np.array([split.source[row]["boxes"][0] for row in rows])
-    expected = fit_readers(maps | {THUMBNAIL: thumbnails}, boxes, dev.index["patient"][rows], tiny.SIZE)
+    expected = fit_readers(read, boxes, dev.index["patient"][rows], tiny.SIZE)
     assert describe_readers(fitted) == describe_readers(expected)
     for name, reader in expected.items():
         np.testing.assert_allclose(fitted[name].center, reader.center, rtol=1e-6)
     assert fitted["evidence"].num_images == len(rows) < len(dev.label)
-    assert fit_phantom_readers(as_xrays(run), dev, find_boxed_images(split)) is None
+    assert fit_phantom_readers(as_xrays(run), dev, find_boxed_images(split), maps) is None
 
 
-def test_they_are_one_more_rule_of_a_test(run, predicted, fitted, tmp_path):
+def test_they_are_one_more_rule_of_a_test(run, predicted, controls, fitted, tmp_path):
     readers = find_readers(run, predicted["test"], fitted)
-    table = outputs.save_localization(run, predicted["dev"].to_table(), predicted["test"], tmp_path, None, readers)
+    dev, test, boxed = predicted["dev"].to_table(), predicted["test"], find_boxed_images(run.dataset.splits["test"])
+    table = outputs.save_localization(run, dev, test, tmp_path, boxed, None, controls, readers).table
     rows = {name for name, rule in table.scores if rule == READER}
     together = {"all_maps", "thumbnail_and_maps"}
-    own = MAPS | together
-    assert rows == own | {f"{RANDOM_WEIGHTS}_" + name for name in own} | {"thumbnail", "median_box"}
+    own = {*MAPS, *together}
+    assert rows == own | {f"{RANDOM_WEIGHTS}_{name}" for name in own} | {"thumbnail", "median_box"}
     assert table.scores["evidence", READER].iou.min() > 0.999  # all tiny boxes are one box
     with (tmp_path / "localization_test.csv").open() as file:
         assert READER in {row["rule"] for row in csv.DictReader(file)}
-    summary = summarize_tables([table], num_resamples=20, seed=0) | {"levels": [None]}
+    summary = summarize_tables([table], num_resamples=20, seed=0) | {"threshold_free": [None]}
     groups = [{"name": "tiny", "runs": ["tiny"], "localization": summary}]
     page = {found.title: found for found in tabulate_localization({"groups": groups, "phantom": True})}
     shown = page[f"Localisation, all boxed positives, boxes by {RULE_NAMES[READER]}"]
-    assert "mean IoU" in shown.head and "less the thumbnail's" in shown.head
+    assert {"mean IoU", "less the median box's"} <= set(shown.head)
     names = [row[1] for row in shown.rows]
-    assert len(set(names)) == len(rows) and "control: all maps together of random weights" in names
+    assert len(set(names)) == len(names) == len(own) + 2 and "all maps together" in names
+    beside = page[f"Maps less their controls, all boxed positives, boxes by {RULE_NAMES[READER]}"]
+    pairs = {(row[1], row[2]) for row in beside.rows}
+    titles = {"the median box of other patients", "the image's thumbnail", "the map of random weights"}
+    assert pairs == {(name, title) for name in set(names[: len(own)]) for title in titles}
 
 
-def test_positives_of_one_patient_fit_nothing(run, predicted):
+def test_positives_of_one_patient_fit_nothing(run, predicted, maps):
     boxed = find_boxed_images(run.dataset.splits["dev"])
-    assert fit_phantom_readers(run, predicted["dev"], dataclasses.replace(boxed, rows=boxed.rows[:1])) is None
+    assert fit_phantom_readers(run, predicted["dev"], dataclasses.replace(boxed, rows=boxed.rows[:1]), maps) is None
 
 
 def test_xrays_take_the_readers_of_a_phantom_run(run, predicted, fitted, tmp_path, caplog):
@@ -108,8 +124,8 @@ def test_xrays_take_the_readers_of_a_phantom_run(run, predicted, fitted, tmp_pat
     assert find_readers(xrays, finer, None) == {}
     assert "fitted on maps of 2x2 cells, and these have 4x4" in caplog.text
     caplog.clear()
-    assert find_readers(xrays, dataclasses.replace(test, cam=test.evidence), None) == {}
-    assert "these are attention, cam, evidence" in caplog.text and "same pooling and head" in caplog.text
+    assert find_readers(xrays, dataclasses.replace(test, cam=None), None) == {}
+    assert "these are attention, evidence, grad_cam" in caplog.text and "same pooling and head" in caplog.text
     caplog.clear()
     (phantoms / READERS_FILE).write_bytes(b"")
     assert find_readers(xrays, test, None) == {} and "cannot be read" in caplog.text

@@ -114,6 +114,7 @@ def test_the_page_stands_alone_and_answers_first(folder):
     assert places == sorted(places) and places[-1] < words.index("All models, without a threshold")
     assert words.upper().count("CHEST PHANTOM") > 5 and "not comparable (phantoms)" in words
     assert "control: median box of the other patients" in words and "Youden" in words
+    assert "control: the image's thumbnail" in words and "less the image's thumbnail: mean IoU" in words
 
 
 def test_every_figure_is_there_twice_and_on_the_page(folder):

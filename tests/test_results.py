@@ -35,7 +35,7 @@ def test_a_run_comes_back_whole(run: pathlib.Path):
     (result,) = load_results([str(run)])
     assert result.name == "cxa" and result.is_phantom and result.config["model.pooling"] == "amm"
     assert len(result.test) == 60 and len(result.dev) == 40 and len(result.history) == 3
-    assert set(result.maps.maps) == {"attention", "weights", "evidence", "grad_cam"}
+    assert set(result.maps.maps) == {"attention", "weights", "evidence", "cam", "grad_cam"}
     assert result.boxes.ids.tolist() == result.test.id[result.test.label == 1].tolist()
 
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from quick import jit, jit_as_users
 
 from cxa_jax.data.augment import normalize_images, to_rgb
-from cxa_jax.evidence import linearized_evidence
+from cxa_jax.evidence import class_activation_map, linearized_activation_map, linearized_evidence
 from cxa_jax.losses import weighted_binary_cross_entropy
 from cxa_jax.models.cxa import CardioXAttentionNet
 from cxa_jax.optimizer import create_optimizer
@@ -187,6 +187,10 @@ def test_eval_step_gives_logits_attention_and_evidence(parts):
     evidence = linearized_evidence(head, parts_["features"], parts_["weights"])
     np.testing.assert_allclose(out["evidence"], evidence, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(out["weights"], parts_["weights"][..., 0], rtol=1e-5)
+    cam = linearized_activation_map(head, parts_["features"], parts_["pooled"])  # whatever the head
+    np.testing.assert_allclose(out["cam"], cam, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(out["weights"] * out["cam"], out["evidence"], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(jax.nn.sigmoid(out["attention_logits"]), out["attention"], rtol=1e-4)
 
 
 def test_the_class_activation_map_of_an_average_adds_up_to_the_logit(parts):
@@ -196,6 +200,11 @@ def test_the_class_activation_map_of_an_average_adds_up_to_the_logit(parts):
     out = jit(make_eval_step(model, "min_max"))(state.variables, batch["image"])
     bias = state.params["classifier"]["logit"]["bias"][0]
     np.testing.assert_allclose(jnp.mean(out["cam"], axis=(1, 2)) + bias, out["logit"], rtol=1e-3, atol=1e-5)
+    kernel = state.params["classifier"]["logit"]["kernel"][:, 0]
+    images = to_rgb(normalize_images(batch["image"], "min_max"), "min_max")
+    _, seen = jit(lambda v, x: model.apply(v, x, train=False))(state.variables, images)
+    np.testing.assert_allclose(out["cam"], class_activation_map(seen["features"], kernel), rtol=1e-3, atol=1e-5)
+    assert "attention_logits" not in out  # of a pooling that reads features alone
     np.testing.assert_allclose(out["cam"] / out["cam"][0].size, out["evidence"], rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(jnp.maximum(out["evidence"], 0), out["grad_cam"], rtol=1e-3, atol=1e-6)
 
