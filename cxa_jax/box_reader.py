@@ -174,8 +174,11 @@ def score_readers(
     }
 
 
-def save_readers(path: pathlib.Path, readers: Mapping[str, BoxReader]) -> None:
-    """Write readers as one npz, all or nothing."""
+def save_readers(path: pathlib.Path, readers: Mapping[str, BoxReader] | None) -> None:
+    """Write readers as one npz, all or nothing; without any, remove an earlier test's file, which others would read."""
+    if not readers:
+        path.unlink(missing_ok=True)
+        return
     arrays = {f"{name}.{field}": value for name, reader in readers.items() for field, value in vars(reader).items()}
     with replace_when_written(path) as neighbour, neighbour.open("wb") as file:
         np.savez_compressed(file, **arrays)

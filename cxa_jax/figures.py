@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cxa_jax.atomic_files import replace_when_written
@@ -138,15 +139,14 @@ def save_attention_sheet(
             for maps in (predictions.attention, predictions.evidence)
         )
         line[0].imshow(image, cmap="gray", vmin=0, vmax=1)
-        for x, y, w, h in record["boxes"]:
-            line[0].add_patch(matplotlib.patches.Rectangle((x, y), w, h, fill=False, edgecolor="lime"))
+        for box in record["boxes"]:
+            _draw_box(line[0], box, edgecolor="lime")
         if name:
             cells = upsample_maps(
                 predictions.maps[name][row], image.shape, run.model.backbone.stride, run.model.backbone.offset
             )
-            for x, y, w, h in detect_boxes(scale_map(cells, rule.scaling or MAP_KINDS[name].scaling), rule):
-                box = matplotlib.patches.Rectangle((x, y), w, h, fill=False, edgecolor="orange", linestyle="--")
-                line[0].add_patch(box)
+            for box in detect_boxes(scale_map(cells, rule.scaling or MAP_KINDS[name].scaling), rule):
+                _draw_box(line[0], box, edgecolor="orange", linestyle="--")
         line[0].set_title(f"{predictions.index['id'][row]}: {CLASSES[predictions.label[row]]}", fontsize=9)
         shown = line[1].imshow(heat, cmap=HEAT, vmin=0, vmax=1)
         line[1].set_title("attention W", fontsize=9)
@@ -159,6 +159,11 @@ def save_attention_sheet(
         for panel in line:
             panel.set_axis_off()
     save_figure(figure, path)
+
+
+def _draw_box(axes: Axes, box: np.ndarray, **style: str) -> None:
+    x, y, w, h = box  # edges of pixels; imshow has pixel 0 from -.5 to .5
+    axes.add_patch(matplotlib.patches.Rectangle((x - 0.5, y - 0.5), w, h, fill=False, **style))
 
 
 def _min_max(image: np.ndarray) -> np.ndarray:
