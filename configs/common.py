@@ -137,7 +137,8 @@ def _optimizer() -> ConfigDict:
             # of kernels, not of norms and biases: 'sgd' adds it to the gradient, as PyTorch; 'adamw' to the update
             "weight_decay": 0.0,  # share of each weight
             "clip_norm": 0.0,  # the gradient is scaled down to this norm where it is larger; 0 = never
-            "attention_rate_factor": 1.0,  # times the rate of the attention branch ('amm' or 'gate' of the network)
+            # of the network's part 'amm' or 'gate', but for amm/norm: BN(F) is what the classifier reads, too
+            "attention_rate_factor": 1.0,  # times the rate of the attention branch
             "attention_weight_decay": 0.0,  # of the branch's kernels, besides weight_decay
             # The average of the weights over steps, the newest 1 - ema_decay of it, is evaluated and kept; training
             # goes on with the last ones. Needs train.recompute_moments: running moments fit the last weights alone.

@@ -21,11 +21,10 @@ from cxa_jax.errors import UserError
 from cxa_jax.heat_maps import LOGIT_EPSILON, height_and_width
 from cxa_jax.localization import LocalizationScores, score_boxes
 from cxa_jax.localization_table import RANDOM_WEIGHTS, READER, is_control
-from cxa_jax.scored_maps import THUMBNAIL
+from cxa_jax.scored_maps import ALL_MAPS, THUMBNAIL, WITH_MAPS
 
 ALPHAS = tuple(10 ** (power / 2) for power in range(-2, 11))  # of ridge regression, 0.1 to 100,000
 NUM_FOLDS = 5
-ALL_MAPS, WITH_MAPS = "all_maps", "thumbnail_and_maps"
 
 
 @dataclass(frozen=True)
@@ -174,8 +173,11 @@ def score_readers(
     }
 
 
-def save_readers(path: pathlib.Path, readers: Mapping[str, BoxReader]) -> None:
-    """Write readers as one npz, all or nothing."""
+def save_readers(path: pathlib.Path, readers: Mapping[str, BoxReader] | None) -> None:
+    """Write readers as one npz, all or nothing; without any, remove an earlier test's file, which others would read."""
+    if not readers:
+        path.unlink(missing_ok=True)
+        return
     arrays = {f"{name}.{field}": value for name, reader in readers.items() for field, value in vars(reader).items()}
     with replace_when_written(path) as neighbour, neighbour.open("wb") as file:
         np.savez_compressed(file, **arrays)

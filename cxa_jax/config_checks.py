@@ -7,7 +7,7 @@ from cxa_jax.data.augment import check_ranges
 from cxa_jax.errors import UserError
 from cxa_jax.pooling import FEATURES_ONLY
 
-UNBRANCHED = FEATURES_ONLY | {"pcam"}  # poolings without parameters of attention alone
+BRANCHLESS = FEATURES_ONLY | {"pcam"}  # poolings without parameters of attention alone
 CHOICES = {
     "model.kernel_init": ("glorot_uniform", "he_normal"),
     "optimizer.name": ("sgd", "adamw"),
@@ -23,6 +23,7 @@ CHOICES = {
 # More is a slip of the hand, and would end where memory or patience does.
 MAX_IMAGE_PX, MAX_BATCH, MAX_READERS, MAX_PATIENTS, MAX_RESAMPLES = 8192, 65_536, 1024, 1_000_000, 1_000_000
 MAX_REPEATS = 1000
+MAX_DECAY = 0.999999  # of an average over steps that is divided by 1 - decay^n: float32 takes more for 1
 # What 'balanced' alone reads, with the value that leaves it be.
 BALANCED_ONLY = {"strata": "", "num_negatives": 0, "positives_repeated": 1}
 # Inclusive bounds; None is no bound.
@@ -44,11 +45,11 @@ RANGES = {
     "data.phantom.num_patients": (1, MAX_PATIENTS),
     "optimizer.learning_rate": (0, 1e30),
     "optimizer.momentum": (0, 1),
-    "optimizer.weight_decay": (0, None),
-    "optimizer.clip_norm": (0, None),
-    "optimizer.attention_rate_factor": (0, None),
-    "optimizer.attention_weight_decay": (0, None),
-    "optimizer.ema_decay": (0, 0.999999),
+    "optimizer.weight_decay": (0, 1e30),
+    "optimizer.clip_norm": (0, 1e30),
+    "optimizer.attention_rate_factor": (0, 1e30),
+    "optimizer.attention_weight_decay": (0, 1e30),
+    "optimizer.ema_decay": (0, MAX_DECAY),
     "optimizer.warmup_steps": (0, None),
     "optimizer.plateau_factor": (0, 1),
     "optimizer.plateau_patience": (1, None),
@@ -99,11 +100,16 @@ def check_config(config: ConfigDict, min_size: int) -> None:
         )
     optimizer = config.optimizer
     for field, unused in (("attention_rate_factor", 1), ("attention_weight_decay", 0)):
-        if optimizer[field] != unused and pooling in UNBRANCHED:
+        if optimizer[field] != unused and pooling in BRANCHLESS:
             raise UserError(
                 f"config.optimizer.{field}={optimizer[field]} needs an attention branch, and config.model.pooling="
                 f"{pooling!r} has none: leave it at {unused}"
             )
+    if optimizer.name == "adamw" and optimizer.momentum > MAX_DECAY:
+        raise UserError(
+            f"config.optimizer.momentum={optimizer.momentum} must be from 0 to {MAX_DECAY} with "
+            "config.optimizer.name='adamw', which divides by 1 - momentum"
+        )
     if optimizer.ema_decay and not config.train.recompute_moments:
         raise UserError(
             f"config.optimizer.ema_decay={optimizer.ema_decay} averages weights, which batch norm's running moments do "

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cxa_jax.atomic_files import replace_when_written
@@ -104,7 +105,12 @@ def choose_examples(predictions: Predictions, threshold: float, seed: int, num_e
 
 
 def save_attention_sheet(
-    run: Run, predictions: Predictions, threshold: float, path: pathlib.Path, rule: Rule | None = None
+    run: Run,
+    predictions: Predictions,
+    threshold: float,
+    path: pathlib.Path,
+    rule: Rule | None = None,
+    read: np.ndarray | None = None,
 ) -> None:
     """Draw test X-rays beside attention, superimposed attention and class evidence.
 
@@ -118,6 +124,7 @@ def save_attention_sheet(
       threshold: of a predicted positive.
       path: PNG.
       rule: of the found boxes; by default half the maximum.
+      read: boxes [N, 4] of the split's images that a fitted reader found in all maps, to be drawn in their place.
     """
     name, rule = find_leading_map(predictions.maps), rule or make_rule("half_max")
     rows = choose_examples(predictions, threshold, run.config.seed)
@@ -125,7 +132,9 @@ def save_attention_sheet(
     limit = float(np.abs(predictions.evidence[rows]).max()) or 1.0
     figure = Figure(figsize=(11, 2.75 * len(rows) + 0.5), layout="constrained")
     boxes = "true boxes green"
-    if name:
+    if read is not None:
+        boxes += "; orange, dashed: read off all maps together by a regression fitted on phantoms' dev hearts"
+    elif name:
         boxes += f"; found ones orange, dashed: {MAP_KINDS[name].title}, {describe_rule(rule)}"
     said = f"{predictions.split} images, threshold {threshold:.3g}\n{textwrap.fill(boxes, LINE)}"
     figure.suptitle(_title(run, said), fontsize=11)
@@ -138,15 +147,16 @@ def save_attention_sheet(
             for maps in (predictions.attention, predictions.evidence)
         )
         line[0].imshow(image, cmap="gray", vmin=0, vmax=1)
-        for x, y, w, h in record["boxes"]:
-            line[0].add_patch(matplotlib.patches.Rectangle((x, y), w, h, fill=False, edgecolor="lime"))
-        if name:
+        for box in record["boxes"]:
+            _draw_box(line[0], box, edgecolor="lime")
+        if read is not None:
+            _draw_box(line[0], read[row], edgecolor="orange", linestyle="--")
+        elif name:
             cells = upsample_maps(
                 predictions.maps[name][row], image.shape, run.model.backbone.stride, run.model.backbone.offset
             )
-            for x, y, w, h in detect_boxes(scale_map(cells, rule.scaling or MAP_KINDS[name].scaling), rule):
-                box = matplotlib.patches.Rectangle((x, y), w, h, fill=False, edgecolor="orange", linestyle="--")
-                line[0].add_patch(box)
+            for box in detect_boxes(scale_map(cells, rule.scaling or MAP_KINDS[name].scaling), rule):
+                _draw_box(line[0], box, edgecolor="orange", linestyle="--")
         line[0].set_title(f"{predictions.index['id'][row]}: {CLASSES[predictions.label[row]]}", fontsize=9)
         shown = line[1].imshow(heat, cmap=HEAT, vmin=0, vmax=1)
         line[1].set_title("attention W", fontsize=9)
@@ -159,6 +169,11 @@ def save_attention_sheet(
         for panel in line:
             panel.set_axis_off()
     save_figure(figure, path)
+
+
+def _draw_box(axes: Axes, box: np.ndarray, **style: str) -> None:
+    x, y, w, h = box  # edges of pixels; imshow has pixel 0 from -.5 to .5
+    axes.add_patch(matplotlib.patches.Rectangle((x - 0.5, y - 0.5), w, h, fill=False, **style))
 
 
 def _min_max(image: np.ndarray) -> np.ndarray:

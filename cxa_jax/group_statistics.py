@@ -18,6 +18,7 @@ from cxa_jax.intervals import (
     bootstrap_p_value,
     lower_by_bias,
     make_count_interval,
+    make_difference_interval,
     make_interval,
     make_interval_of,
     make_share_interval,
@@ -119,7 +120,7 @@ MEAN_KINDS = {
     "share": (make_share_interval, (0.0, 1.0)),
     "count": (make_count_interval, (0.0, math.inf)),
     "ratio": (make_interval, (0.0, math.inf)),
-    "difference": (make_interval, (-1.0, 1.0)),  # of two shares
+    "difference": (make_difference_interval, (-1.0, 1.0)),  # of two numbers in [0, 1], such as hits or overlaps
     "ratio_difference": (make_interval, (-math.inf, math.inf)),
 }
 

@@ -47,23 +47,25 @@ RULES = tuple(NAMED_RULES)
 
 
 def make_rule(rule: Rule | str | float) -> Rule:
-    """Return a rule from its short form: a name of `RULES`, a level (0.3), a percentile ('p85' or 'p85_all').
+    """Return a rule from its short form: a name of `RULES`, a level (0.3 or '0.3'), a percentile ('p85' or 'p85_all').
 
     Raises:
         UserError: unknown name, components or kind, or a value outside its range.
     """
+    given = rule
     if isinstance(rule, str) and (found := re.fullmatch(r"p([0-9.]+)(?:_(\w+))?", rule)):
         rule = Rule("percentile", _parse_number(found[1]), found[2] or "largest")
     elif isinstance(rule, str):
-        rule = NAMED_RULES.get(rule, Rule(rule))
+        rule = NAMED_RULES.get(rule, Rule("level", _parse_number(rule)))
     elif not isinstance(rule, Rule):
         rule = Rule("level", float(rule))
     limits = {"level": 1, "percentile": 100}
     known = rule.kind in NAMED_RULES or 0 < rule.value < limits.get(rule.kind, 0) or _is_mass(rule)
     if not known or rule.components not in COMPONENTS:
         raise UserError(
-            f"unknown threshold rule {tuple(rule)}; known are {', '.join(RULES)}, levels between 0 and 1, percentiles "
-            f"such as 'p85', each with the components {', '.join(COMPONENTS)}, and 'mass' with four shares"
+            f"unknown threshold rule {given!r}; known are {', '.join(RULES)}, a level as a number between 0 and 1 such "
+            "as 0.3, and a percentile as p and a number between 0 and 100 such as p85, or with its components "
+            f"({', '.join(COMPONENTS)}) as p85_all"
         )
     return rule
 

@@ -132,6 +132,25 @@ def widen_constant(interval: Interval, num_patients: int) -> Interval:
     return replace(interval, low=max(0.0, interval.estimate - room), high=interval.estimate + room)
 
 
+def make_difference_interval(estimate: float, samples: np.ndarray, level: float, num_patients: int) -> Interval:
+    """Return the interval of a mean of paired differences of numbers in [0, 1]: by `make_interval`, in [-1, 1].
+
+    Where all images have the same difference it is `widen_difference`. Arguments as in `make_interval`.
+    """
+    return widen_difference(make_interval(estimate, samples, level, num_patients), num_patients)
+
+
+def widen_difference(interval: Interval, num_patients: int) -> Interval:
+    """Return the interval of a mean difference that did not vary: a share of images may have any, from -1 to 1.
+
+    That share is the largest that none of n patients shows.
+    """
+    if not interval.high - interval.low <= 1e-12:  # rounding; nan is left as it is
+        return interval
+    room, estimate = _unseen_share(interval.level, num_patients), interval.estimate
+    return replace(interval, low=estimate - room * (1 + estimate), high=estimate + room * (1 - estimate))
+
+
 def widen_certainty(interval: Interval, num_patients: int) -> Interval:
     """Return the interval of a statistic of 0 or 1 that no resample can leave: Clopper and Pearson's, patients counted.
 

@@ -15,7 +15,7 @@ from cxa_jax.errors import UserError
 from cxa_jax.group_statistics import bootstrap_group_means
 from cxa_jax.intervals import Interval
 from cxa_jax.localization import IOBB_THRESHOLDS, LocalizationScores, compute_columns, find_kind
-from cxa_jax.scored_maps import THUMBNAIL
+from cxa_jax.scored_maps import ALL_MAPS, THUMBNAIL
 from cxa_jax.workdir import write_atomically
 
 FALSE_POSITIVES = tuple(f"false_positives_iobb_{threshold:g}" for threshold in IOBB_THRESHOLDS)
@@ -24,10 +24,10 @@ BOX = ("x", "y", "w", "h")
 COLUMNS = ("map", "rule", "id", "patient", "predicted_positive", *SCALARS, *FALSE_POSITIVES, *BOX)
 SETS = ("all_boxed", "predicted_positives")
 CONTROLS = ("median_box", "image_centre", "random_map", "grid_box", THUMBNAIL)
-LEADING = ("attention", "evidence")  # the map that answers for a model, fixed before any is scored: the first it has
+LEADING = (ALL_MAPS, "attention", "evidence")  # what answers for a model, fixed before any is scored: the first it has
 TUNED = "phantom_tuned"  # the rule that was tuned on phantoms' dev split, for each map its own
 READER = "phantom_reader"  # the rule by which a regression fitted on phantoms reads a box (`box_reader`)
-ANSWERING = (TUNED, "half_max")  # the rule that answers for a model: the first that its leading map has
+ANSWERING = (READER, TUNED, "half_max")  # the rule that answers for a model: the first that has a leading map
 # Controls that each map has of its own, as CONTROL_NAME, under ANSWERING rules: what it says whatever the image.
 RANDOM_WEIGHTS, MEAN_MAP, SHUFFLED = "random_weights", "mean_map", "shuffled"
 MAP_CONTROLS = (MEAN_MAP, SHUFFLED, RANDOM_WEIGHTS)
@@ -90,7 +90,14 @@ def find_leading_map(names: Iterable[str]) -> str | None:
 
 def find_answering_rule(rules: Mapping[str, Iterable[str]]) -> str | None:
     """Return the rule that a model is judged by; `rules` is rule -> names of maps. None if it has no map."""
-    return next((rule for rule in ANSWERING if find_leading_map(rules.get(rule, ()))), None)
+    return next(iter(find_judged_rules(rules)), None)
+
+
+def find_judged_rules(rules: Mapping[str, Iterable[str]]) -> list[str]:
+    """Return the rules that something is said of: the fitted reader's if there is one, and one of maps alone."""
+    known = [rule for rule in ANSWERING if find_leading_map(rules.get(rule, ()))]
+    alone = [rule for rule in known if rule != READER][:1]
+    return [rule for rule in known if rule == READER or rule in alone]
 
 
 def write_localization(path: pathlib.Path, table: LocalizationTable) -> None:

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cxa_jax.localization_table import GAINS, MEAN_MAP, RANDOM_WEIGHTS, SHUFFLED, find_answering_rule, find_leading_map
-from cxa_jax.scored_maps import MAP_KINDS, THUMBNAIL
+from cxa_jax.localization_table import GAINS, MEAN_MAP, RANDOM_WEIGHTS, SHUFFLED, find_judged_rules, find_leading_map
+from cxa_jax.scored_maps import THUMBNAIL, title_map
 
 CONTROL_TITLES = {
     "median_box": "the median box of other patients",
@@ -37,7 +37,7 @@ class Verdict:
     @property
     def title(self) -> str:
         """What a reader calls the map."""
-        return MAP_KINDS[self.name].title
+        return title_map(self.name)
 
     @property
     def answer(self) -> str:
@@ -50,23 +50,25 @@ class Verdict:
         return f"{self.title} overlaps {', '.join(said)}"
 
 
-def judge(rules: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Verdict | None:
-    """Return the verdict on the leading map under the answering rule; None without a map or a control of its overlap.
+def judge(rules: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[Verdict]:
+    """Return the verdicts on what leads under each judged rule; none of a rule without a control of its overlap.
 
     Args:
         rules: rule -> map -> metric -> {estimate, low, high} or None, as `summarize_tables` gives them.
     """
-    rule = find_answering_rule(rules)
-    if rule is None:
-        return None
-    name = find_leading_map(rules[rule])
-    metrics = rules[rule][name]
+    verdicts = [_judge_leading(rule, rules[rule]) for rule in find_judged_rules(rules)]
+    return [verdict for verdict in verdicts if verdict.gains]
+
+
+def _judge_leading(rule: str, maps: Mapping[str, Mapping[str, Any]]) -> Verdict:
+    name = find_leading_map(maps)
+    metrics = maps[name]
     gains = {
         control: (metrics[columns[0]], metrics[columns[1]])
         for control, columns in GAINS.items()
         if all(column in metrics for column in columns) and _is_known(metrics[columns[0]])
     }
-    return Verdict(name, rule, metrics, gains) if gains else None
+    return Verdict(name, rule, metrics, gains)
 
 
 def _is_known(interval: Mapping[str, float | None] | None) -> bool:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from cxa_jax.array_types import PyTree
 from cxa_jax.errors import UserError
 
-ATTENTION_BRANCH = ("amm", "gate")  # the parts of the network that are nothing but attention
+ATTENTION_BRANCH, SHARED_NORM = ("amm", "gate"), "norm"  # where attention is made; BN(F), which the pooling reads too
 
 
 def create_schedule(config: ConfigDict, num_steps: int) -> float | optax.Schedule:
@@ -23,15 +23,15 @@ def create_schedule(config: ConfigDict, num_steps: int) -> float | optax.Schedul
       num_steps: of the whole run, at whose end 'cosine' is 0.
 
     Raises:
-      UserError: the warm-up is as long as the whole cosine.
+      UserError: the warm-up is as long as the run, or longer.
     """
     rate, warmup_steps = config.learning_rate, config.warmup_steps
+    if warmup_steps and warmup_steps >= num_steps:
+        raise UserError(
+            f"config.optimizer.warmup_steps={warmup_steps} leaves nothing of the run's {num_steps} steps to "
+            f"config.optimizer.schedule={config.schedule!r}; set fewer, or a larger --config.train.num_epochs"
+        )
     if config.schedule == "cosine":
-        if warmup_steps >= num_steps:
-            raise UserError(
-                f"config.optimizer.warmup_steps={warmup_steps} leaves nothing of the run's {num_steps} steps to the "
-                "cosine; set fewer, or a larger --config.train.num_epochs"
-            )
         if warmup_steps:
             return optax.warmup_cosine_decay_schedule(0.0, rate, warmup_steps, num_steps)
         return optax.cosine_decay_schedule(rate, num_steps)
@@ -70,7 +70,7 @@ def create_optimizer(
       weight_decay: times each kernel (not norms and biases) is added to its gradient before the trace by 'sgd', as in
         PyTorch, or to its update before the rate by 'adamw' (Loshchilov & Hutter 2019).
       clip_norm: the norm that the whole gradient is scaled down to if it is larger, before all else; 0 = never.
-      attention_rate_factor: times the updates of the attention branch.
+      attention_rate_factor: times the updates of the attention branch (`find_attention`).
       attention_weight_decay: on the kernels of the attention branch, besides `weight_decay`.
     """
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
@@ -106,8 +106,13 @@ def find_kernels(params: PyTree) -> PyTree:
 
 
 def find_attention(params: PyTree) -> PyTree:
-    """Return a tree of bool, True for all of the attention branch."""
-    return {name: jax.tree.map(lambda _, inside=name in ATTENTION_BRANCH: inside, params[name]) for name in params}
+    """Return a tree of bool, True for what is the attention branch's alone: not its norm, which is pooled too."""
+
+    def is_inside(path: tuple[jax.tree_util.DictKey, ...], _: jax.Array) -> bool:
+        name, part = path[0].key, path[1].key if len(path) > 1 else ""
+        return name in ATTENTION_BRANCH and part != SHARED_NORM
+
+    return jax.tree_util.tree_map_with_path(is_inside, params)
 
 
 def find_attention_kernels(params: PyTree) -> PyTree:

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from cxa_jax import figures
 from cxa_jax.array_types import PyTree
-from cxa_jax.box_reader import BoxReader, save_readers
+from cxa_jax.box_reader import BoxReader, read_boxes, save_readers
 from cxa_jax.checkpointing import Checkpoints, read_first
 from cxa_jax.classification import FIXED_THRESHOLD
 from cxa_jax.data.input_statistics import compute_input_statistics, save_input_statistics
@@ -30,8 +30,10 @@ from cxa_jax.results import DEV_FILE, name_other_dev
 from cxa_jax.run import Run, create_run, log_run
 from cxa_jax.run_metrics import compute_run_metrics
 from cxa_jax.saved_maps import choose_rows, save_maps
+from cxa_jax.scored_maps import ALL_MAPS
 from cxa_jax.summary import format_summary
 from cxa_jax.workdir import (
+    add_younger_fields,
     check_same_run,
     describe_environment,
     flatten_config,
@@ -79,6 +81,7 @@ def _evaluate(config: ConfigDict, folder: pathlib.Path, output: pathlib.Path) ->
         batch_size = min(config.train.batch_size, config.eval.batch_size)
         resized.train.recompute_moments *= -(-config.train.batch_size // batch_size)
         resized.train.batch_size, resized.train.accumulate_steps = batch_size, 1
+        resized.optimizer.warmup_steps = 0  # no part of a test; of another size there may be few images, so few steps
     run = create_run(resized)
     log_run(run)
     output = output / f"eval_{size}"
@@ -90,8 +93,7 @@ def _evaluate(config: ConfigDict, folder: pathlib.Path, output: pathlib.Path) ->
 def write_outputs(run: Run, folder: pathlib.Path, output: pathlib.Path) -> dict[str, Any]:
     """Restore the best state of `folder`, predict dev and test, and write every number and picture to `output`."""
     variables, meta = restore_best(run, folder)
-    if run.dataset.image_size != meta["config"]["data.image_size"]:
-        variables = fit_to_size(run, variables, meta["progress"]["epoch"] - 1)
+    variables = refit_moments(run, variables, meta)
     boxed = {name: find_boxed_images(run.dataset.splits[name]) for name in ("dev", "test")}
     controls = draw_controls(run, variables) if any(len(images.rows) for images in boxed.values()) else None
     trained_size = meta["config"]["data.image_size"]
@@ -99,8 +101,7 @@ def write_outputs(run: Run, folder: pathlib.Path, output: pathlib.Path) -> dict[
     test = predict_split(run, variables, "test", output)
     rules, readers = find_rules(run, tuned), find_readers(run, test, fitted)
     boxes = save_localization(run, dev, test, output, boxed["test"], rules, controls, readers)
-    if fitted:
-        save_readers(output / READERS_FILE, fitted)
+    save_readers(output / READERS_FILE, fitted)
     if test.finding_logits is not None:
         write_findings(test, run.config.eval.num_bootstrap, run.config.seed, output)
     if output == folder:  # at the training size: what foreign images are compared with
@@ -116,24 +117,35 @@ def write_outputs(run: Run, folder: pathlib.Path, output: pathlib.Path) -> dict[
     figures.save_curves(run, history, output / "training_curves.png")
     chosen = report["test"]["at_dev_threshold"] or report["test"]["at_0.5"]
     rule = rules and rules.rules.get(find_leading_map(test.maps) or "")
-    figures.save_attention_sheet(run, test, chosen["threshold"], output / "test_attention.png", rule)
+    figures.save_attention_sheet(
+        run, test, chosen["threshold"], output / "test_attention.png", rule, read_all(readers, test, run)
+    )
     log.info("%s", format_summary(report))
     log.info("everything is in %s; a report of it: python launch.py --mode=report --workdirs=%s", output, output)
     return report
 
 
-def fit_to_size(run: Run, variables: dict[str, PyTree], epoch: int) -> dict[str, PyTree]:
-    """Return the variables with moments of training images at the run's image size, if the config asks for such.
+def refit_moments(run: Run, variables: dict[str, PyTree], meta: dict[str, Any]) -> dict[str, PyTree]:
+    """Return the variables with moments of training images as the config asks for, where the stored ones are others.
 
-    Batch norm's moments are others where the test size is another than the training's (arXiv 1906.06423).
+    They are where the test size is another than the training's (arXiv 1906.06423), or config.train.recompute_moments
+    another than the stored state's.
 
     Args:
-      run: at the other size.
+      run: at the test size.
       variables: of the state to evaluate.
-      epoch: whose images, from 0.
+      meta: what was saved with them.
     """
     num_batches, size = run.config.train.recompute_moments, run.dataset.image_size
+    stored, trained_size = add_younger_fields(meta["config"], run.config), meta["config"]["data.image_size"]
+    if size == trained_size and num_batches in (0, stored["train.recompute_moments"]):
+        return variables
     if not num_batches:
+        log.warning(
+            "batch norm's moments are those of the training's %d px, and images of %d px have others: the same command "
+            "with --config.train.recompute_moments=24 --config.train.resume_changed=True recomputes them",
+            trained_size, size,
+        )  # fmt: skip
         return variables
     if not len(run.dataset.splits["train"].source):
         log.warning(
@@ -143,7 +155,7 @@ def fit_to_size(run: Run, variables: dict[str, PyTree], epoch: int) -> dict[str,
         )
         return variables
     log.info("recomputing batch norm's moments on training images of %d px", size)
-    return fit_moments(run, variables, epoch, num_batches)
+    return fit_moments(run, variables, meta["progress"]["epoch"] - 1, num_batches)
 
 
 def predict_dev(
@@ -200,6 +212,13 @@ def save_localization(
     rows = choose_rows(test, boxed.rows)
     save_maps(output / "maps_test.npz", test, split, rows, backbone.stride, backbone.offset)
     return found
+
+
+def read_all(readers: dict[str, BoxReader], predictions: Predictions, run: Run) -> np.ndarray | None:
+    """Return the box [N, 4] that the reader of all maps finds in each image; None without that reader."""
+    if ALL_MAPS not in readers:
+        return None
+    return read_boxes(readers[ALL_MAPS], predictions.maps, run.dataset.image_size)
 
 
 def restore_best(run: Run, folder: pathlib.Path) -> tuple[dict[str, PyTree], dict[str, Any]]:

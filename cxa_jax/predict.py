@@ -27,7 +27,7 @@ from cxa_jax.workdir import describe_environment, flatten_config, to_json, write
 
 log = logging.getLogger(__name__)
 
-RULE = "half_max"  # of the box, as in the run's own localisation
+RULE = "half_max"  # of the box, whatever rule the run tuned: a box on any map, without numbers fitted on phantoms
 COLUMNS = (
     "path", "logit", "score", "calibrated_score", "threshold", "threshold_origin", "decision", "box_x", "box_y",
     "box_w", "box_h", "warnings", "picture", "error",
@@ -227,7 +227,8 @@ def _summarize(
         "threshold": network.threshold,
         "threshold_origin": network.threshold_origin,
         "calibration": None if network.calibration is None else vars(network.calibration),
-        "box": f"{RULE} of {_map_name(network)}, largest component; px of the file; for positive decisions only",
+        "box": f"half the maximum of {_map_name(network)}, largest component, whatever rule the run tuned; px of the "
+        "file; for positive decisions only",
         "compared_with_training_images": 0 if statistics is None else statistics.num_images,
         "counts": dict(counts),
         "environment": describe_environment(),

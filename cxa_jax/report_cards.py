@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from cxa_jax.localization_table import find_answering_rule, is_control
+from cxa_jax.localization_table import find_judged_rules, is_control
 from cxa_jax.map_verdict import CONTROL_TITLES, MORAL, judge
 from cxa_jax.report_localization import RULE_NAMES, name_map
 from cxa_jax.report_tables import describe_difference, format_interval, format_number, format_p
@@ -65,22 +65,23 @@ def _where(groups: list[dict[str, Any]]) -> Card:
     if group is None:
         return Card("Where does it look?", "unknown: no run with maps of test images that have a box", [])
     part = group["localization"]["all_boxed"]
-    rule = find_answering_rule(part["rules"])
-    if rule is None:
+    if not find_judged_rules(part["rules"]):
         return Card("Where does it look?", "it has no map", [])
-    verdict, maps = judge(part["rules"]), part["rules"][rule]
-    if verdict is None or part["num_patients"] < MIN_PATIENTS:
+    verdicts = judge(part["rules"])
+    if not verdicts or part["num_patients"] < MIN_PATIENTS:
         return Card("Where does it look?", f"unknown: boxes of {part['num_patients']} patients are too few", [])
-    metrics = verdict.metrics
-    lines = [
-        f"{group['name']}, {part['num_images'][0]} boxed positives of {part['num_patients']} patients, boxes by "
-        f"{RULE_NAMES[rule]}: {verdict.title} has pointing {format_interval(metrics['pointing'])}, mean IoU "
-        f"{format_interval(metrics['mean_iou'])}; paired differences:"
-    ]
-    for control, (iou, pointing) in verdict.gains.items():
-        aims = f", pointing {format_interval(pointing)}" if pointing else ""
-        lines.append(f"less {CONTROL_TITLES[control]}: mean IoU {format_interval(iou)}{aims}")
+    lines = [f"{group['name']}, {part['num_images'][0]} boxed positives of {part['num_patients']} patients"]
+    for verdict in verdicts:
+        metrics = verdict.metrics
+        lines.append(
+            f"boxes by {RULE_NAMES[verdict.rule]}: {verdict.title}: mean IoU {format_interval(metrics['mean_iou'])}, "
+            f"box's centre in the true box {format_interval(metrics['box_pointing'])}; paired differences:"
+        )
+        for control, (iou, pointing) in verdict.gains.items():
+            aims = f", pointing {format_interval(pointing)}" if pointing else ""
+            lines.append(f"less {CONTROL_TITLES[control]}: mean IoU {format_interval(iou)}{aims}")
     lines.append(MORAL)
+    maps = part["rules"][verdicts[-1].rule]  # of maps alone: a reader's boxes have neither peak nor energy
     for key, values in maps.items():
         if is_control(key):
             continue
@@ -90,7 +91,7 @@ def _where(groups: list[dict[str, Any]]) -> Card:
         lines.append(f"{name_map(key)}: {numbers}")
     if "image_centre" in maps:
         lines.append(f"image centre, control: pointing {format_interval(maps['image_centre']['pointing'], 2)}")
-    return Card("Where does it look?", verdict.answer, lines)
+    return Card("Where does it look?", "; ".join(verdict.answer for verdict in verdicts), lines)
 
 
 def _what_went_wrong(best: dict[str, Any]) -> Card:

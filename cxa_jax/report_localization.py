@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from cxa_jax.box_reader import ALL_MAPS, WITH_MAPS
 from cxa_jax.heat_maps import Rule, describe_rule
 from cxa_jax.localization import IOBB_THRESHOLDS
 from cxa_jax.localization_table import (
@@ -20,9 +19,8 @@ from cxa_jax.localization_table import (
 from cxa_jax.map_evaluation import PROTOCOL
 from cxa_jax.map_verdict import CONTROL_TITLES, MORAL
 from cxa_jax.report_tables import Table, format_interval, format_number
-from cxa_jax.scored_maps import MAP_KINDS, THUMBNAIL
+from cxa_jax.scored_maps import THUMBNAIL, title_map
 
-TOGETHER = {ALL_MAPS: "all maps together", WITH_MAPS: "thumbnail and all maps"}  # what a reader may read
 CONTROL_NAMES = {
     "median_box": "control: median box of the other patients",
     "image_centre": "control: image centre",
@@ -56,12 +54,8 @@ def name_map(name: str) -> str:
     """Return the reader's name of a map or control."""
     control, of_map = split_control(name)
     if control:
-        return f"control: {_title(of_map)}, {CONTROL_TITLES[control]}"
-    return CONTROL_NAMES[name] if is_control(name) else _title(name)
-
-
-def _title(name: str) -> str:
-    return TOGETHER[name] if name in TOGETHER else MAP_KINDS[name].title
+        return f"control: {title_map(of_map)}, {CONTROL_TITLES[control]}"
+    return CONTROL_NAMES[name] if is_control(name) else title_map(name)
 
 
 def tabulate_localization(report: dict[str, Any]) -> list[Table]:

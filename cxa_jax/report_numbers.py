@@ -32,7 +32,9 @@ THRESHOLD_STATISTICS = (
     "f1_negative", "precision_weighted", "recall_weighted", "f1_weighted",
 )  # fmt: skip
 
-UNNAMED_FIELDS = tuple(f"model.{field}" for field in ("attended", "attention_bound", "batch_norm_momentum", "dropout"))
+NAMED_FIELDS = tuple(f"model.{field}" for field in ("backbone", "pooling", "head", "stride", "stride_by"))  # in names
+# How a run was tested, where it shapes its numbers, with what runs older than the field had.
+TEST_FIELDS = {"eval.num_copies": 1, "eval.levels_run": ""}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +87,11 @@ def _group_key(result: Result) -> str:
     changes = describe_changes({}, shape)  # the fields that shape a result
     # Free to change within a run, yet not among runs that are to differ by the seed alone.
     free = result.config.get("train.num_epochs"), result.metrics.get("fingerprint")
-    return json.dumps([*changes, *free, result.metrics["image_size"]])
+    return json.dumps([*changes, *free, *_find_test(result).values(), result.metrics["image_size"]])
+
+
+def _find_test(result: Result) -> dict[str, Any]:
+    return {field: result.config.get(field, older) for field, older in TEST_FIELDS.items()}
 
 
 def _group_names(groups: list[list[Result]]) -> list[str]:
@@ -107,13 +113,15 @@ def _group_names(groups: list[list[Result]]) -> list[str]:
 
 
 def _differences(result: Result, groups: list[list[Result]]) -> str:
-    own = {name: value for name, value in result.config.items() if name != "seed"}
+    own = {name: value for name, value in result.config.items() if name != "seed"} | _find_test(result)
     fields = set()
     for members in groups:
+        fields |= {field for field, value in _find_test(members[0]).items() if value != own[field]}
         other = {name: value for name, value in members[0].config.items() if name != "seed"}
         fields |= {change.split(":")[0].removeprefix("config.") for change in describe_changes(other, own)}
-    varied = [f for f in sorted(fields) if not f.startswith("model.") or f in UNNAMED_FIELDS]
-    return ", ".join(f"{field.split('.')[-1]} {own[field]}" for field in varied if field in own) or result.name
+    varied = [field for field in sorted(fields - set(NAMED_FIELDS)) if field in own]
+    words = [f"{field.split('.')[-1]} {'none' if own[field] == '' else own[field]}" for field in varied]
+    return ", ".join(words) or result.name
 
 
 def compute_group(group: Group, num_resamples: int, seed: int) -> Group:

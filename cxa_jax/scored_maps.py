@@ -32,6 +32,8 @@ def _make_signed(name: str, title: str, *sources: str) -> dict[str, MapKind]:
 
 
 THUMBNAIL = "thumbnail"  # a control: the image itself, by area means on the grid of the maps
+ALL_MAPS, WITH_MAPS = "all_maps", "thumbnail_and_maps"  # what a fitted reader may read together
+TOGETHER = {ALL_MAPS: "all maps together", WITH_MAPS: "thumbnail and all maps together"}
 
 MAP_KINDS = {
     "attention": MapKind(("attention",), "unit", ("unit", "min_max", "logit"), "attention W"),
@@ -42,6 +44,11 @@ MAP_KINDS = {
     "grad_cam": MapKind(("grad_cam",), "positive", ("positive",), "Grad-CAM"),
     THUMBNAIL: MapKind((THUMBNAIL,), "min_max", ("min_max",), "the image's thumbnail"),
 }
+
+
+def title_map(name: str) -> str:
+    """Return what a reader calls a map, or maps that are read together."""
+    return TOGETHER[name] if name in TOGETHER else MAP_KINDS[name].title
 
 
 def derive_maps(maps: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

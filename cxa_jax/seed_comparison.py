@@ -14,7 +14,7 @@ from scipy import special, stats
 
 from cxa_jax import statistics
 from cxa_jax.errors import UserError
-from cxa_jax.intervals import Interval, shrink_share, widen_certainty, widen_constant
+from cxa_jax.intervals import Interval, shrink_share, widen_certainty, widen_constant, widen_difference
 from cxa_jax.statistics import NUM_RESAMPLES
 from cxa_jax.weighted_statistics import compute_weighted_statistics
 
@@ -75,6 +75,7 @@ def combine(
       kind: 'share' of images: the first variance is Agresti and Coull's, about their centre (`intervals.shrink_share`),
         for resamples of a share near 0 or 1 vary too little, and of none or all not at all. 'area' under the ROC
         curve: on the logit scale, as of one run (`intervals.make_area_interval`). 'count': `intervals.widen_constant`.
+        'difference' of numbers in [0, 1]: `intervals.widen_difference`.
     """
     mean, estimate = samples.resampled.mean(axis=0), float(samples.estimates.mean())
     num_seeds, num_defined = len(samples.estimates), int(np.isfinite(mean).sum())
@@ -97,6 +98,8 @@ def combine(
     interval = Interval(estimate, low, high, level, len(mean), len(mean) - num_defined)
     if kind == "count":
         return widen_constant(interval, num_patients)
+    if kind == "difference":
+        return widen_difference(interval, num_patients)
     return widen_certainty(interval, num_patients) if bounds == (0.0, 1.0) else interval
 
 
@@ -139,4 +142,4 @@ def compare(
     if a.resampled.shape != b.resampled.shape or a.num_patients != b.num_patients:
         raise UserError(f"runs cannot be paired: {a.resampled.shape} and {b.resampled.shape} (seeds, resamples)")
     difference = SeedSamples(a.estimates - b.estimates, a.resampled - b.resampled, a.num_patients)
-    return combine(difference, level, bounds)
+    return combine(difference, level, bounds, kind="difference" if bounds == (-1.0, 1.0) else "")

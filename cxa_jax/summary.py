@@ -5,8 +5,10 @@ from typing import Any
 
 from cxa_jax.data.datasets import TITLES
 from cxa_jax.heat_maps import Rule, describe_rule
-from cxa_jax.localization_table import TUNED, find_answering_rule, find_leading_map, split_control
+from cxa_jax.localization_table import TUNED, find_judged_rules, find_leading_map, split_control
 from cxa_jax.map_verdict import CONTROL_TITLES, MORAL, judge
+
+SHOWN = ("pointing", "energy_ratio", "box_pointing", "mean_iou")
 
 
 def format_summary(report: dict[str, Any]) -> str:
@@ -36,31 +38,31 @@ def _format_localization(localization: dict[str, Any] | None) -> list[str]:
     if localization is None:
         return []
     rules = localization["all_boxed"]["rules"]
-    rule = find_answering_rule(rules) or "half_max"  # without a map: of the controls
     count, patients = localization["num_images"], localization["num_patients"]
-    cut = rule.replace("_", " ")
-    if rule == TUNED:
-        leading = find_leading_map(rules[rule])
-        cut += f" rules ({leading}: {describe_rule(Rule(**localization['tuned_rules']['rules'][leading]))})"
-    lines = [f"localisation on {count} boxed positives of {patients} patients, boxes by {cut}:"]
-    for name, values in rules[rule].items():
-        if split_control(name)[0]:
-            continue  # metrics.json has them, and the verdict below the gains over those that count
-        shown = {key: values[key] for key in ("pointing", "energy_ratio", "box_pointing", "mean_iou") if values[key]}
-        numbers = ", ".join(f"{key.replace('_', ' ')} {_format_interval(value)}" for key, value in shown.items())
-        lines.append(f"  {name.replace('_', ' ')}: {numbers}")
-    return lines + _format_verdict(rules)
+    lines = [f"localisation on {count} boxed positives of {patients} patients"]
+    for rule in find_judged_rules(rules) or ["half_max"]:  # without a map: of the controls
+        cut = rule.replace("_", " ")
+        if rule == TUNED:
+            leading = find_leading_map(rules[rule])
+            cut += f" rules ({leading}: {describe_rule(Rule(**localization['tuned_rules']['rules'][leading]))})"
+        lines.append(f"boxes by {cut}:")
+        for name, values in rules[rule].items():
+            if split_control(name)[0]:
+                continue  # metrics.json has them, and the verdict below the gains over those that count
+            shown = {key: values[key] for key in SHOWN if values[key]}
+            numbers = ", ".join(f"{key.replace('_', ' ')} {_format_interval(value)}" for key, value in shown.items())
+            lines.append(f"  {name.replace('_', ' ')}: {numbers}")
+    return lines + _format_verdicts(rules)
 
 
-def _format_verdict(rules: dict[str, Any]) -> list[str]:
-    verdict = judge(rules)
-    if verdict is None:
-        return []
-    lines = [f"{verdict.answer}; paired differences, image by image:"]
-    for control, (iou, pointing) in verdict.gains.items():
-        aims = f", pointing {_format_interval(pointing)}" if pointing else ""
-        lines.append(f"  less {CONTROL_TITLES[control]}: mean IoU {_format_interval(iou)}{aims}")
-    return [*lines, MORAL]
+def _format_verdicts(rules: dict[str, Any]) -> list[str]:
+    lines = []
+    for verdict in judge(rules):
+        lines.append(f"{verdict.answer}, boxes by {verdict.rule.replace('_', ' ')}; paired, image by image:")
+        for control, (iou, pointing) in verdict.gains.items():
+            aims = f", pointing {_format_interval(pointing)}" if pointing else ""
+            lines.append(f"  less {CONTROL_TITLES[control]}: mean IoU {_format_interval(iou)}{aims}")
+    return [*lines, MORAL] if lines else []
 
 
 def _format_interval(interval: dict[str, float]) -> str:

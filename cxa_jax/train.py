@@ -150,7 +150,7 @@ def start_or_resume(
     progress = Progress.from_meta(meta["progress"])
     if changes and progress.epoch_step:
         progress = progress.restart_epoch()  # the order within the epoch may be another one now
-    if any(change.startswith(("data ", "config.data.", "config.train.")) for change in changes):
+    if any(change.startswith(("data ", "config.data.", "config.model.", "config.train.")) for change in changes):
         progress = progress.forget_best()  # dev values from before and after cannot be compared
     position = progress.epoch * steps_per_epoch(split, run.config.data, size) + progress.epoch_step
     iterator = make_train_iterator(split, run.config.data, **options, start_step=position)

@@ -233,6 +233,11 @@ def test_what_cannot_be_meant_is_refused(field, value, message):
         ablation_plan.read_plan(make_config(**{f"ablation.{field}": value}))
 
 
+def test_every_form_of_a_rule_can_be_written():
+    config = make_config(**{"ablation.rules": "half_max,0.3,p85_all"})
+    assert ablation_plan.read_plan(config).rules == ("half_max", "0.3", "p85_all")
+
+
 def test_a_field_that_cannot_be_meant_stops_all_runs_at_once(fakes, tmp_path):
     with pytest.raises(UserError, match=r"config\.train\.loss='mse'"):
         ablation.ablate(make_config(**{"train.loss": "mse"}), str(tmp_path))

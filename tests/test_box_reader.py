@@ -198,6 +198,9 @@ def test_readers_come_back_from_disk_as_they_were(tmp_path):
         for field, value in vars(reader).items():
             np.testing.assert_array_equal(getattr(back[name], field), value)
             assert type(getattr(back[name], field)) is type(value)
+    for nothing in (None, {}):
+        save_readers(tmp_path / "readers.npz", nothing)  # those of an earlier test would be taken for this one's
+        assert not list(tmp_path.iterdir())
     (tmp_path / "readers.npz").write_bytes(b"no archive")
     with pytest.raises(UserError, match=r"readers.npz cannot be read .*evaluate that run again"):
         load_readers(tmp_path / "readers.npz")

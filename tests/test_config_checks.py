@@ -47,8 +47,7 @@ def test_nan_rate():
 
 
 def test_images_too_small_for_the_backbone():
-    config = incepres2.get_config("phantom_quick")
-    check_config(config, min_size=75)
+    config = incepres2.get_config()
     config.data.image_size = 64
     with pytest.raises(UserError, match="config.data.image_size=64: inception_resnet_v2 needs at least 75 px"):
         check_config(config, min_size=75)

@@ -9,7 +9,7 @@ from scipy import special, stats
 from cxa_jax.comparison import compute_delong_test, paired_bootstrap
 from cxa_jax.group_statistics import bootstrap_group, bootstrap_group_means, compare_groups, compute_group_delong
 from cxa_jax.intervals import bound_calibration_bias
-from cxa_jax.seed_comparison import combine, sample_auroc, sample_means
+from cxa_jax.seed_comparison import combine, compare, sample_auroc, sample_means
 from cxa_jax.statistics import bootstrap_interval, bootstrap_means
 
 
@@ -57,6 +57,21 @@ def test_a_count_of_several_runs_that_never_varied_has_a_width():
         bootstrap_group_means(some, np.arange(24), {"a": "count"}, num_resamples=50) for some in (runs[:1], runs)
     )
     assert one["a"].high == two["a"].high == pytest.approx(0.142, abs=1e-3)
+
+
+@pytest.mark.parametrize("gain", [-1.0, 0.0, 0.1, 1.0])
+def test_a_difference_that_never_varied_has_a_width(gain):
+    """Of 24 patients none shows the 14 % that Clopper and Pearson allow, in which any difference may be."""
+    runs, room = [{"a": np.full(24, gain)}] * 2, 1 - 0.025 ** (1 / 24)
+    for some in (runs[:1], runs):
+        found = bootstrap_group_means(some, np.arange(24), {"a": "difference"}, num_resamples=50)["a"]
+        ends = ((1 - room) * gain - room, (1 - room) * gain + room)
+        assert (found.low, found.high) == pytest.approx(ends) and found.estimate == pytest.approx(gain)
+        assert -1 <= found.low < found.high <= 1
+    one = sample_means(np.full((2, 24), gain), np.arange(24), num_resamples=50)
+    none = sample_means(np.zeros((2, 24)), np.arange(24), num_resamples=50)
+    paired = compare(one, none, bounds=(-1.0, 1.0))
+    assert (paired.low, paired.high) == pytest.approx(ends)
 
 
 def test_too_few_patients_are_not_compared():

@@ -93,7 +93,8 @@ def test_threshold_rules():
     masks = {rule: heat_maps.threshold_map(values, rule) for rule in ("wang", "half_max", 0.25)}
     assert [mask.sum() for mask in masks["wang"]] == [3, 1]  # 60 / 255 = .235, 180 / 255 = .706
     assert masks["half_max"][0].sum() == 2 and masks[0.25][0].sum() == 3
-    for rule in ("mean", 1.5, "p", "p0", "p100", "p1.2.3", "p85_most", heat_maps.Rule("level", 0.5, "two")):
+    unknown = ("mean", 1.5, "1.5", "nan", "mass", "p", "p0", "p100", "p1.2.3", "p85_most")
+    for rule in (*unknown, heat_maps.Rule("level", 0.5, "two")):
         with pytest.raises(UserError, match="unknown threshold rule"):
             heat_maps.threshold_map(values, rule)
 
@@ -101,7 +102,9 @@ def test_threshold_rules():
 def test_short_forms_of_rules():
     assert heat_maps.make_rule("p85") == heat_maps.Rule("percentile", 85, "largest")
     assert heat_maps.make_rule("p97.5_all") == heat_maps.Rule("percentile", 97.5, "all")
-    assert heat_maps.make_rule(0.3) == heat_maps.Rule("level", 0.3)
+    assert heat_maps.make_rule(0.3) == heat_maps.make_rule("0.3") == heat_maps.Rule("level", 0.3)
+    with pytest.raises(UserError, match="rule '85'; known are .* such as 0.3, .* such as p85, .* as p85_all"):
+        heat_maps.make_rule("85")
     assert heat_maps.make_rule(heat_maps.make_rule("wang")).components == "each"
     said = [heat_maps.describe_rule(heat_maps.make_rule(rule)) for rule in ("p85_all", 0.95, "wang")]
     assert said == [

@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import pathlib
+import re
 import threading
 
 import flax.linen as nn
@@ -9,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import saved_run
 import tiny
 from quick import initialize, jit, slow
 
@@ -24,6 +27,7 @@ from cxa_jax.moments import fit_moments
 from cxa_jax.progress import Progress
 from cxa_jax.steps import make_moments_step
 from cxa_jax.trained_network import load_trained_network
+from cxa_jax.workdir import check_same_run, flatten_config
 
 NUM_STEPS = 6  # of an epoch of the tiny run
 
@@ -208,17 +212,58 @@ def test_a_loss_that_is_no_number_is_said_to_lag(caplog):
     assert "running moments lag behind" in caplog.text
 
 
+def make_meta(**fields):
+    config = flatten_config(tiny.make_config(**fields))
+    return {"config": config, "progress": {"epoch": 2, "best_step": 0}, "fingerprint": "fingerprint0"}
+
+
 def test_at_another_size_moments_are_those_of_its_training_images(caplog):
-    run = make_run(**{"train.recompute_moments": 2, "data.image_size": 96})
+    run, meta = make_run(**{"train.recompute_moments": 2, "data.image_size": 96}), make_meta()
     variables = run.create_state().variables
-    fitted = outputs.fit_to_size(run, variables, 1)
+    fitted = outputs.refit_moments(run, variables, meta)
     expected = fit_moments(run, variables, 1, 2)
     jax.tree.map(np.testing.assert_array_equal, fitted, expected)
     empty = dataclasses.replace(run.dataset.splits["train"], source=[])
     dataset = dataclasses.replace(run.dataset, splits=run.dataset.splits | {"train": empty})
-    assert outputs.fit_to_size(dataclasses.replace(run, dataset=dataset), variables, 1) is variables
+    assert outputs.refit_moments(dataclasses.replace(run, dataset=dataset), variables, meta) is variables
     assert caplog.text.count("no training images") == 1
-    assert outputs.fit_to_size(make_run(), variables, 1) is variables
+
+
+def test_stored_moments_are_kept_where_they_are_asked_for_and_warned_of_at_another_size(caplog):
+    same = [(0, {}), (2, {"train.recompute_moments": 2}), (0, {"train.recompute_moments": 2})]
+    for number, before in same:
+        run = make_run(**{"train.recompute_moments": number})
+        assert outputs.refit_moments(run, {}, make_meta(**before)) == {}
+    assert not caplog.text
+    assert outputs.refit_moments(make_run(**{"data.image_size": 96}), {}, make_meta()) == {}
+    (record,) = caplog.records
+    assert "training's 64 px, and images of 96 px" in record.message
+    flags = re.findall(r"--config\.(\S+?)=(\w+)", record.message)
+    assert flags == [("train.recompute_moments", "24"), ("train.resume_changed", "True")]
+    # which a finished run's evaluation takes
+    changed = tiny.make_config(**{field: {"24": 24, "True": True}[value] for field, value in flags})
+    assert len(check_same_run(make_meta(), changed, "fingerprint0", pathlib.Path())) == 1
+
+
+def test_a_changed_number_is_heeded_at_the_training_size(tmp_path, caplog, monkeypatch):
+    """Also of a run that is older than the field."""
+    run, variables = saved_run.save_run(tmp_path)
+    with Checkpoints(tmp_path, "best") as best:
+        state, _ = best.restore(run.abstract_state)
+        meta = make_meta()
+        del meta["config"]["train.recompute_moments"]
+        best.save(state.replace(step=state.step + 1), meta)
+    seen = []
+    monkeypatch.setattr(outputs, "predict_dev", lambda run, variables, *_: seen.append(variables) or stop())
+    fields = {"train.recompute_moments": 2, "train.resume_changed": True}
+    with pytest.raises(InterruptedError):
+        outputs.evaluate(tiny.make_config(**fields), str(tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, seen[0], fit_moments(make_run(**fields), variables, 1, 2))
+    assert "evaluated with a change: config.train.recompute_moments: 0 -> 2" in caplog.text
+
+
+def stop():
+    raise InterruptedError
 
 
 def test_progress_does_not_matter_to_what_is_fitted():

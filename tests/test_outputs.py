@@ -270,6 +270,18 @@ def test_pictures_are_written(run, predicted, tmp_path):
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_boxes_lie_on_the_edges_of_their_pixels(run, predicted, tmp_path, monkeypatch):
+    """imshow has pixel 0 from -.5 to .5."""
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(figures, "detect_boxes", lambda values, rule: np.array([[3.0, 4.0, 5.0, 6.0]]))
+    figures.save_attention_sheet(run, predicted["test"], 0.5, tmp_path / "sheet.png")
+    for axes in drawn[0].axes:
+        boxes = [(patch.get_xy(), patch.get_width(), patch.get_height()) for patch in axes.patches]
+        assert boxes in ([], [((27.5, 19.5), 24, 24), ((2.5, 3.5), 5, 6)])
+    assert any(axes.patches for axes in drawn[0].axes)
+
+
 def test_the_sheets_title_is_no_wider_than_the_sheet(run, predicted, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))

@@ -73,6 +73,9 @@ def test_pictures_and_summary(workdir, rows):
     assert [path.name for path in folder.glob("sheet_*.png")] == ["sheet_001.png"]
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["counts"]["errors"] == 2 and summary["counts"]["predicted"] == 19
+    assert summary["box"].startswith(
+        "half the maximum of attention W, 0-1, largest component, whatever rule the run tuned"
+    )
     assert "not a medical device" in summary["remark"] and "drawings" in summary["remark"]
     assert not list(folder.parent.glob("*.partial"))
 

@@ -161,7 +161,8 @@ def test_kernels_decay_and_norms_and_biases_do_not():
         for path, decays in jax.tree_util.tree_flatten_with_path(kernels)[0]:
             assert decays == ("kernel" in path[-1].key), path
         for path, inside in jax.tree_util.tree_flatten_with_path(attention)[0]:
-            assert inside == (path[0].key == branch), path
+            assert inside == (path[0].key == branch and path[1].key != "norm"), path
+        assert ("norm" in params.get("amm", {})) == (branch == "amm")
         assert any(jax.tree.leaves(attention)) == (branch is not None)
         both = jax.tree.map(lambda a, b: a and b, kernels, attention)
         assert both == find_attention_kernels(params)
@@ -193,9 +194,12 @@ def test_schedules_are_their_formulas(name, warmup):
         assert float(-updates[0]) == pytest.approx(rate_at(schedule, step), rel=1e-6)
 
 
-def test_a_warm_up_that_leaves_nothing_is_refused():
-    with pytest.raises(UserError, match="warmup_steps=50 leaves nothing of the run's 50 steps"):
-        make_schedule(schedule="cosine", warmup_steps=50)
+@pytest.mark.parametrize("name", ["plateau", "constant", "cosine"])
+def test_a_warm_up_that_leaves_nothing_is_refused(name):
+    for steps in (50, 51):
+        with pytest.raises(UserError, match=f"warmup_steps={steps} leaves nothing of the run's 50 .*train.num_epochs"):
+            make_schedule(schedule=name, warmup_steps=steps)
+    make_schedule(schedule=name, warmup_steps=49)
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.99, 0.9999])
@@ -245,6 +249,11 @@ def test_the_step_averages_what_it_makes_and_trains_as_if_it_did_not():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        (
+            {"optimizer.name": "adamw", "optimizer.momentum": 1.0},
+            "momentum=1.0 must be from 0 to 0.999999 with .*adamw",
+        ),
+        ({"optimizer.clip_norm": float("inf")}, "clip_norm=inf must be from 0 to"),
         ({"optimizer.ema_decay": 0.9}, "ema_decay=0.9 .*--config.train.recompute_moments=24"),
         ({"optimizer.attention_rate_factor": 2.0, "model.pooling": "gap"}, "attention_rate_factor=2.0 needs an attent"),
         ({"optimizer.attention_weight_decay": 0.1, "model.pooling": "pcam"}, "attention_weight_decay=0.1 needs an att"),

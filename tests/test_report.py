@@ -141,6 +141,19 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_combined(paths, tmp_path
     metrics = json.loads((elsewhere / "metrics.json").read_text()) | {"fingerprint": "other data"}
     (elsewhere / "metrics.json").write_text(json.dumps(metrics))
     assert len(group_results(load_results([*paths[:2], str(elsewhere)]))) == 2
+    copied, tuned = (
+        write_run(tmp_path / name, seed=2, config=config)
+        for name, config in (("copied", {"eval.num_copies": 5}), ("tuned", {"eval.levels_run": "runs/phantom"}))
+    )
+    groups = group_results(load_results([*paths[:2], str(copied), str(tuned)]))
+    assert [group.name for group in groups] == [
+        "CXA_Dense121 (levels_run none, num_copies 1)", "CXA_Dense121 (levels_run none, num_copies 5)",
+        "CXA_Dense121 (levels_run runs/phantom, num_copies 1)",
+    ]  # fmt: skip
+    drawn = write_run(tmp_path / "drawn", seed=2, config={"model.kernel_init": "he_normal"})
+    assert [group.name for group in group_results(load_results([*paths[:2], str(drawn)]))] == [
+        "CXA_Dense121 (kernel_init glorot_uniform)", "CXA_Dense121 (kernel_init he_normal)"
+    ]  # fmt: skip
     same = write_run(tmp_path / "again", seed=0)
     with pytest.raises(UserError, match="cxa0, again are the same model with the same seed"):
         group_results(load_results([paths[0], str(same)]))

@@ -20,9 +20,11 @@ from conftest import QUICK_FLAGS, compiles_quickly
 from cxa_jax import epoch_end, figures, train
 from cxa_jax import run as run_module
 from cxa_jax.checkpointing import Checkpoints
+from cxa_jax.data.pipeline import make_train_iterator
 from cxa_jax.errors import UserError
 from cxa_jax.interruption import Interrupted, end_on_signal
 from cxa_jax.outputs import evaluate
+from cxa_jax.progress import Progress
 
 PROGRAM = pathlib.Path(tiny.__file__)
 
@@ -182,6 +184,24 @@ def test_other_config_or_data_is_refused(tmp_path, monkeypatch):
     assert (tmp_path / "metrics.csv").read_bytes() == before
     train.train_and_evaluate(tiny.make_config(**changed, **{"train.resume_changed": True}), str(tmp_path))
     assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 3
+
+
+def test_a_changed_function_forgets_the_best_state(tmp_path):
+    """Its dev loss is another function's; a changed rate keeps it."""
+    run = run_module.create_run(tiny.make_config())
+    iterator = make_train_iterator(run.dataset.splits["train"], run.config.data, batch_size=8, seed=0)
+    progress = dataclasses.replace(Progress(epoch=1), best_loss=0.1, best_step=6)
+    with train.BackgroundSaves(tmp_path) as saves:
+        saves.save(run.create_state(), train.make_meta(run, progress, iterator))
+        saves.wait()
+        for field, value, kept in (
+            ("model.attention_bound", 3.0, False),
+            ("model.attended", "raw", False),
+            ("optimizer.learning_rate", 0.5, True),
+        ):
+            changed = run_module.create_run(tiny.make_config(**{field: value, "train.resume_changed": True}))
+            _, resumed, _ = train.start_or_resume(changed, tmp_path, saves.latest, saves.best)
+            assert (resumed.best_step, resumed.best_loss) == ((6, 0.1) if kept else (-1, np.inf)), field
 
 
 def test_nan_stops_with_step_rate_and_ids_and_keeps_the_last_good_state(tmp_path):
