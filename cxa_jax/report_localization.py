@@ -174,7 +174,9 @@ def _describe_rules(groups: list[dict[str, Any]]) -> str:
         for run, chosen in zip(group["runs"], group["localization"]["tuned_rules"], strict=True):
             if chosen:
                 rules = "; ".join(
-                    f"{name_map(name)}: {describe_rule(Rule(**rule))}" for name, rule in chosen["rules"].items()
+                    f"{name_map(name)}: {describe_rule(Rule(**rule))}"
+                    for name, rule in chosen["rules"].items()
+                    if not split_control(name)[0]  # metrics.json has them: three for each map would bury it
                 )
                 texts.append(f"{run}: {rules}; by {chosen['source']}.")
     return " ".join(texts)

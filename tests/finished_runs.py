@@ -28,6 +28,7 @@ from cxa_jax.workdir import flatten_config, to_json, write_atomically
 STRIDE, OFFSET = 32, 14
 NUM_RESAMPLES = 50
 TUNED_RULE = Rule("percentile", 85.0, "all")
+MASS = Rule("mass", 2.0, scaling="min_max", shares=(0.1, 0.9, 0.2, 0.8))
 
 
 def make_test_split(num_images: int = 60) -> Split:
@@ -152,6 +153,9 @@ def describe_boxes(split: Split, test: Predictions, boxes: LocalizationTable, **
         pixels = count_pixels(maps, boxed.hearts, *geometry, scaling=scaling)
         free[name] = summarize_threshold_free(overlaps, pixels, boxes.patients, **options)
     return summarize_tables([boxes], **options) | {
-        "tuned_rules": {"rules": {"attention": TUNED_RULE._asdict()}, "source": "dev hearts of this run's phantoms"},
+        "tuned_rules": {
+            "rules": {"attention": TUNED_RULE._asdict(), "thumbnail": MASS._asdict(), "mean_map_cam": MASS._asdict()},
+            "source": "dev hearts of this run's phantoms",
+        },
         "threshold_free": {"protocol": "the protocol", "maps": describe_threshold_free(free)},
     }

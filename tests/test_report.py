@@ -115,6 +115,8 @@ def test_the_page_stands_alone_and_answers_first(folder):
     assert places == sorted(places) and places[-1] < words.index("All models, without a threshold")
     assert words.upper().count("CHEST PHANTOM") > 5 and "not comparable (phantoms)" in words
     assert "control: median box of the other patients" in words and "Youden" in words
+    assert "attention W: percentile 85, one box about all components; control: the image's thumbnail: edges at" in words
+    assert "its mean map of training images: edges at" not in words  # rules of maps' own controls would bury them
     assert "control: the image's thumbnail" in words and "less the image's thumbnail: mean IoU" in words
 
 
