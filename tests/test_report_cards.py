@@ -84,7 +84,7 @@ def test_a_map_is_judged_against_its_controls_not_against_itself(mean_iou: float
     where = write_cards(make_report(mean_iou))[2]
     assert where.answer == f"attention W overlaps {verdict}"
     said = (
-        f"mean IoU {mean_iou:.3f} [{mean_iou - 0.02:.3f}, {mean_iou + 0.02:.3f}], box's centre in the true box 0.700 ["
+        f"mean IoU {mean_iou:.3f} [{mean_iou - 0.02:.3f}, {mean_iou + 0.02:.3f}], box's centre in the true box 0.700"
     )
     assert "85 boxed positives of 69 patients" in where.lines[0] and said in where.lines[1]
     gain = mean_iou - 0.64
