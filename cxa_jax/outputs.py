@@ -92,8 +92,8 @@ def _evaluate(config: ConfigDict, folder: pathlib.Path, output: pathlib.Path) ->
 @stopping_together()
 def write_outputs(run: Run, folder: pathlib.Path, output: pathlib.Path) -> dict[str, Any]:
     """Restore the best state of `folder`, predict dev and test, and write every number and picture to `output`."""
-    variables, meta = restore_best(run, folder)
-    variables = refit_moments(run, variables, meta)
+    stored, meta = restore_best(run, folder)
+    variables = refit_moments(run, stored, meta)
     boxed = {name: find_boxed_images(run.dataset.splits[name]) for name in ("dev", "test")}
     controls = draw_controls(run, variables) if any(len(images.rows) for images in boxed.values()) else None
     trained_size = meta["config"]["data.image_size"]
@@ -111,6 +111,8 @@ def write_outputs(run: Run, folder: pathlib.Path, output: pathlib.Path) -> dict[
     report |= compute_run_metrics(run, dev, test.to_table(), boxes, dev_name)
     report |= {"phantom_tuned_rules": tuned, "phantom_readers": describe_readers(readers)}
     now = {field: value for field, value in flatten_config(run.config).items() if field.startswith("eval.")}
+    if variables is not stored:
+        now["train.recompute_moments"] = run.config.train.recompute_moments
     report |= {"config": meta["config"] | now, "environment": describe_environment()}
     write_atomically(output / "metrics.json", to_json(report))
     history = meta["progress"]["history"]
@@ -155,6 +157,10 @@ def refit_moments(run: Run, variables: dict[str, PyTree], meta: dict[str, Any]) 
         )
         return variables
     log.info("recomputing batch norm's moments on training images of %d px", size)
+    if size == trained_size:
+        log.warning(
+            "these moments are this test's alone: the checkpoint, --mode=predict and --mode=export keep the stored ones"
+        )
     return fit_moments(run, variables, meta["progress"]["epoch"] - 1, num_batches)
 
 

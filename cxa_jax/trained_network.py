@@ -94,7 +94,7 @@ def load_trained_network(workdir: str, implementation: str = "") -> TrainedNetwo
     variables, meta = _restore(folder, model, mesh, config.data.image_size)
     metrics = read_metrics(folder)
     try:
-        threshold, origin, calibration = _read_decision(metrics, meta["progress"]["best_step"])
+        threshold, origin, calibration = _read_decision(metrics, meta)
         is_phantom = bool(metrics["phantom"]) if metrics else config.data.name == "chest_phantom"
         num_copies = int(metrics["config"].get("eval.num_copies", 1)) if metrics else config.eval.num_copies
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -178,14 +178,18 @@ def _restore(folder: pathlib.Path, model: CardioXAttentionNet, mesh: Mesh, size:
     return restored
 
 
-def _read_decision(metrics: dict[str, Any] | None, best_step: int) -> tuple[float, str, Calibration | None]:
+def _read_decision(metrics: dict[str, Any] | None, meta: dict[str, Any]) -> tuple[float, str, Calibration | None]:
     if metrics is None:
         return FIXED_THRESHOLD, "fixed 0.5: the run was not evaluated (no metrics.json)", None
     chosen = metrics["test"]["at_dev_threshold"]
     calibration = _read_calibration(metrics)
     if chosen is None:
         return FIXED_THRESHOLD, "fixed 0.5: dev has one class", calibration
-    stale = "" if metrics["checkpoint"]["step"] == best_step else ", of an older state: run --mode=evaluate"
+    stale, (tested, stored) = "", (of["config"].get("train.recompute_moments", 0) for of in (metrics, meta))
+    if tested != stored:
+        stale = ", of other moments of batch norm than are stored: run --mode=evaluate without that change"
+    if metrics["checkpoint"]["step"] != meta["progress"]["best_step"]:
+        stale = ", of an older state: run --mode=evaluate"
     return chosen["threshold"], f"Youden's J on the run's dev split{stale}", calibration
 
 

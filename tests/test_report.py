@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import dataclasses
 import html.parser
 import json
 import pathlib
@@ -141,22 +142,25 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_combined(paths, tmp_path
     metrics = json.loads((elsewhere / "metrics.json").read_text()) | {"fingerprint": "other data"}
     (elsewhere / "metrics.json").write_text(json.dumps(metrics))
     assert len(group_results(load_results([*paths[:2], str(elsewhere)]))) == 2
-    copied, tuned = (
-        write_run(tmp_path / name, seed=2, config=config)
-        for name, config in (("copied", {"eval.num_copies": 5}), ("tuned", {"eval.levels_run": "runs/phantom"}))
-    )
-    groups = group_results(load_results([*paths[:2], str(copied), str(tuned)]))
-    assert [group.name for group in groups] == [
-        "CXA_Dense121 (levels_run none, num_copies 1)", "CXA_Dense121 (levels_run none, num_copies 5)",
-        "CXA_Dense121 (levels_run runs/phantom, num_copies 1)",
-    ]  # fmt: skip
-    drawn = write_run(tmp_path / "drawn", seed=2, config={"model.kernel_init": "he_normal"})
-    assert [group.name for group in group_results(load_results([*paths[:2], str(drawn)]))] == [
-        "CXA_Dense121 (kernel_init glorot_uniform)", "CXA_Dense121 (kernel_init he_normal)"
-    ]  # fmt: skip
     same = write_run(tmp_path / "again", seed=0)
     with pytest.raises(UserError, match="cxa0, again are the same model with the same seed"):
         group_results(load_results([paths[0], str(same)]))
+
+
+def test_runs_tested_otherwise_are_not_combined_and_names_say_what_differs(paths):
+    first, second = load_results(paths[:2])
+
+    def group_with(**fields):
+        config = second.config | {"seed": 2} | fields
+        other = dataclasses.replace(second, name="other", metrics=second.metrics | {"config": config})
+        return [group.name.removeprefix("CXA_Dense121") for group in group_results([first, second, other])]
+
+    assert group_with() == [""]
+    assert group_with(**{"eval.num_copies": 5}) == [" (num_copies 1)", " (num_copies 5)"]
+    assert group_with(**{"eval.levels_run": "runs/a"}) == [" (levels_run none)", " (levels_run runs/a)"]
+    assert group_with(**{"model.kernel_init": "he_normal"}) == [
+        " (kernel_init glorot_uniform)", " (kernel_init he_normal)"
+    ]  # fmt: skip
 
 
 def test_the_band_of_a_curve_holds_it_even_where_scores_are_yes_or_no(tmp_path):
