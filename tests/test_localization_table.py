@@ -8,7 +8,7 @@ import pytest
 from finished_runs import draw_predictions, make_test_split, score_boxes_of
 
 from cxa_jax.errors import UserError
-from cxa_jax.intervals import widen_difference
+from cxa_jax.intervals import Interval, widen_difference
 from cxa_jax.localization import score_boxes, summarize
 from cxa_jax.localization_table import (
     GAIN,
@@ -74,16 +74,20 @@ def test_the_gain_over_the_median_box_is_paired(tables):
     assert not any(GAIN in rules[name] for name in rules if is_control(name))
 
 
+def _expect_gain(own, control, metric: str) -> Interval:
+    gains = {"gain": getattr(own, metric) - getattr(control, metric)}
+    expected = bootstrap_means(gains, own.patients, num_resamples=200)["gain"]
+    # All boxes are one, so no two maps aim apart: what never varied still has a width, but for a ratio without bounds.
+    return expected if metric == "energy_ratio" else widen_difference(expected, len(np.unique(own.patients)))
+
+
 def test_the_gain_over_the_images_thumbnail_is_paired_with_every_map(tables):
     rules = summarize_tables(tables[:1], num_resamples=200, seed=0)["all_boxed"]["rules"]["phantom_tuned"]
     control = tables[0].scores["thumbnail", "phantom_tuned"]
     for name in ("attention", "cam", "evidence_absolute"):
         own = tables[0].scores[name, "phantom_tuned"]
         for metric in ("iou", "pointing", "energy_ratio"):
-            gains = {"gain": getattr(own, metric) - getattr(control, metric)}
-            expected = bootstrap_means(gains, own.patients, num_resamples=200)["gain"]
-            if metric != "energy_ratio":  # a ratio has no bounds
-                expected = widen_difference(expected, len(np.unique(own.patients)))
+            expected = _expect_gain(own, control, metric)
             found = rules[name][f"{metric}_above_thumbnail"]
             assert found == pytest.approx({end: getattr(expected, end) for end in found}, rel=1e-12)
     assert rules["thumbnail"]["mean_iou"]["estimate"] == pytest.approx(control.iou.mean())
@@ -101,15 +105,11 @@ def test_gains_over_a_maps_own_controls_are_paired(tables):
     for control in ("random_weights", "mean_map", "shuffled"):
         other = tables[0].scores[f"{control}_evidence_absolute", "half_max"]
         for metric in ("iou", "pointing", "energy_ratio"):
-            gains = {"gain": getattr(own, metric) - getattr(other, metric)}
-            expected = bootstrap_means(gains, own.patients, num_resamples=200)["gain"]
-            varies = expected.low < expected.high
-            if metric != "energy_ratio":  # a ratio has no bounds
-                expected = widen_difference(expected, len(np.unique(own.patients)))
+            expected = _expect_gain(own, other, metric)
             found = rules["evidence_absolute"][f"{metric}_above_{control}"]
             # Sums over images are of other matrices, so their rounding differs.
             assert found == pytest.approx({end: getattr(expected, end) for end in found}, rel=1e-12)
-            assert metric == "pointing" or varies  # all boxes are one: no two maps aim apart
+            assert expected.low < expected.high
     pair = summarize_tables(tables, num_resamples=200, seed=0)["all_boxed"]["rules"]["half_max"]
     each = [
         np.mean(t.scores["grad_cam", "half_max"].energy_ratio - t.scores["shuffled_grad_cam", "half_max"].energy_ratio)
@@ -134,11 +134,13 @@ def test_the_rule_that_answers_is_fixed_beforehand(tables):
     assert find_answering_rule({"half_max": maps, "phantom_tuned": maps}) == "phantom_tuned"
     assert find_answering_rule({"half_max": maps, "phantom_tuned": {"median_box": 0}}) == "half_max"
     assert find_answering_rule({"half_max": {"shuffled_attention": 0}}) is None
-    read = {"half_max": maps, "phantom_tuned": maps, "phantom_reader": {"all_maps": 0, "attention": 0}}
-    assert find_answering_rule(read) == "phantom_reader" and find_leading_map(read["phantom_reader"]) == "all_maps"
-    assert find_judged_rules(read) == ["phantom_reader", "phantom_tuned"]
-    assert find_judged_rules({"half_max": maps, "phantom_reader": {"thumbnail": 0}}) == ["half_max"]
     assert tables[0].answering_rule == "phantom_tuned"
+    read = {"all_maps": 0, "attention": 0, "thumbnail": 0}
+    rules = {"half_max": maps, "phantom_tuned": maps, "wang": maps, "phantom_reader": read}
+    assert find_answering_rule(rules) == "phantom_reader"
+    assert find_judged_rules(rules) == ["phantom_reader", "phantom_tuned"]  # and what maps say alone beside it
+    assert find_judged_rules({"half_max": maps, "phantom_reader": {"thumbnail": 0}}) == ["half_max"]
+    assert find_judged_rules({"phantom_reader": read}) == ["phantom_reader"] and not find_judged_rules({"wang": maps})
 
 
 def test_a_single_boxed_patient_has_no_control_and_no_crash(tables):
@@ -153,6 +155,7 @@ def test_a_single_boxed_patient_has_no_control_and_no_crash(tables):
 def test_the_map_that_answers_is_fixed_beforehand():
     assert find_leading_map(["random_weights_attention", "evidence", "weights", "attention"]) == "attention"
     assert find_leading_map(["grad_cam", "cam", "evidence", "median_box"]) == "evidence"
+    assert find_leading_map(["attention", "all_maps", "thumbnail_and_maps"]) == "all_maps"  # of a fitted reader
     assert find_leading_map(["cam"]) == "cam" and find_leading_map(["median_box", "thumbnail"]) is None
 
 
