@@ -103,9 +103,9 @@ def tune_rules(run: Run, maps: Mapping[str, np.ndarray], boxed: BoxedImages) -> 
     """Find for each map the rule of the highest mean IoU on a phantom's dev boxes; None on X-rays or without a box.
 
     Levels and percentiles, the largest component or a box about all of them, and shares of the map's mass, in the
-    scalings that the map allows (`MAP_KINDS`). The image's thumbnail, mean maps and those
-    of random weights have rules of their own, shuffled maps that of their map. They can then be stated for X-rays,
-    whose boxes no rule is ever fitted to: config.eval.levels_run.
+    scalings that the map allows (`MAP_KINDS`). The image's thumbnail, mean maps and those of random weights have rules
+    of their own, shuffled maps that of their map. The rules can then be stated for X-rays, whose boxes none is ever
+    fitted to: config.eval.levels_run.
 
     Args:
       run: whose dev split it is.

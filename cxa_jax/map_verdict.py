@@ -47,7 +47,7 @@ class Verdict:
             verdict = "better than" if iou["low"] > 0 else "worse than" if iou["high"] < 0 else "no better than"
             groups[verdict].append(CONTROL_TITLES[control])
         said = [f"{verdict} {_enumerate(controls)}" for verdict, controls in groups.items() if controls]
-        return f"{self.title} overlaps {', '.join(said)}"
+        return f"boxes of {self.title} overlap {', '.join(said)}"
 
 
 def judge(rules: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[Verdict]:

@@ -82,7 +82,7 @@ BOX, MEAN, OTHER = "the median box of other patients", "its mean map of training
 )
 def test_a_map_is_judged_against_its_controls_not_against_itself(mean_iou: float, verdict: str):
     where = write_cards(make_report(mean_iou))[2]
-    assert where.answer == f"attention W overlaps {verdict}"
+    assert where.answer == f"boxes of attention W overlap {verdict}"
     assert where.lines[0] == "CXA_Dense121, 85 boxed positives of 69 patients"
     assert where.lines[1] == (
         "boxes by half the maximum, largest component: attention W: mean IoU "
@@ -118,9 +118,10 @@ def test_a_fitted_reader_answers_first_and_the_map_alone_beside_it():
         "all_maps": metrics | gains | {GAIN: interval(0.2), "pointing_above_median_box": interval(0.0)},
     }
     where = write_cards(report)[2]
-    alone = f"attention W overlaps better than {OTHER}, no better than {MEAN}, worse than {BOX}"
+    alone = f"boxes of attention W overlap better than {OTHER}, no better than {MEAN}, worse than {BOX}"
     assert (
-        where.answer == f"all maps together overlaps better than {BOX}, no better than the image's thumbnail; {alone}"
+        where.answer
+        == f"boxes of all maps together overlap better than {BOX}, no better than the image's thumbnail; {alone}"
     )
     starts = [line for line in where.lines if line.startswith("boxes by")]
     assert [line.split(":")[1].strip() for line in starts] == ["all maps together", "attention W"]
