@@ -110,7 +110,6 @@ def save_attention_sheet(
     threshold: float,
     path: pathlib.Path,
     rule: Rule | None = None,
-    read: np.ndarray | None = None,
 ) -> None:
     """Draw test X-rays beside attention, superimposed attention and class evidence.
 
@@ -124,7 +123,6 @@ def save_attention_sheet(
       threshold: of a predicted positive.
       path: PNG.
       rule: of the found boxes; by default half the maximum.
-      read: boxes [N, 4] of the split's images that a fitted reader found in all maps, to be drawn in their place.
     """
     name, rule = find_leading_map(predictions.maps), rule or make_rule("half_max")
     rows = choose_examples(predictions, threshold, run.config.seed)
@@ -132,9 +130,7 @@ def save_attention_sheet(
     limit = float(np.abs(predictions.evidence[rows]).max()) or 1.0
     figure = Figure(figsize=(11, 2.75 * len(rows) + 0.5), layout="constrained")
     boxes = "true boxes green"
-    if read is not None:
-        boxes += "; orange, dashed: read off all maps together by a regression fitted on phantoms' dev hearts"
-    elif name:
+    if name:
         boxes += f"; found ones orange, dashed: {MAP_KINDS[name].title}, {describe_rule(rule)}"
     said = f"{predictions.split} images, threshold {threshold:.3g}\n{textwrap.fill(boxes, LINE)}"
     figure.suptitle(_title(run, said), fontsize=11)
@@ -149,9 +145,7 @@ def save_attention_sheet(
         line[0].imshow(image, cmap="gray", vmin=0, vmax=1)
         for box in record["boxes"]:
             _draw_box(line[0], box, edgecolor="lime")
-        if read is not None:
-            _draw_box(line[0], read[row], edgecolor="orange", linestyle="--")
-        elif name:
+        if name:
             cells = upsample_maps(
                 predictions.maps[name][row], image.shape, run.model.backbone.stride, run.model.backbone.offset
             )

@@ -24,10 +24,10 @@ BOX = ("x", "y", "w", "h")
 COLUMNS = ("map", "rule", "id", "patient", "predicted_positive", *SCALARS, *FALSE_POSITIVES, *BOX)
 SETS = ("all_boxed", "predicted_positives")
 CONTROLS = ("median_box", "image_centre", "random_map", "grid_box", THUMBNAIL)
-LEADING = (ALL_MAPS, "attention", "evidence")  # what answers for a model, fixed before any is scored: the first it has
+LEADING = ("attention", "evidence", ALL_MAPS)  # what answers for a model, fixed before any is scored: the first it has
 TUNED = "phantom_tuned"  # the rule that was tuned on phantoms' dev split, for each map its own
 READER = "phantom_reader"  # the rule by which a regression fitted on phantoms reads a box (`box_reader`)
-ANSWERING = (READER, TUNED, "half_max")  # the rule that answers for a model: the first that has a leading map
+ANSWERING = (TUNED, "half_max", READER)  # the rule that answers for a model: the first that has a leading map
 # Controls that each map has of its own, as CONTROL_NAME, under ANSWERING rules: what it says whatever the image.
 RANDOM_WEIGHTS, MEAN_MAP, SHUFFLED = "random_weights", "mean_map", "shuffled"
 MAP_CONTROLS = (MEAN_MAP, SHUFFLED, RANDOM_WEIGHTS)
@@ -94,10 +94,9 @@ def find_answering_rule(rules: Mapping[str, Iterable[str]]) -> str | None:
 
 
 def find_judged_rules(rules: Mapping[str, Iterable[str]]) -> list[str]:
-    """Return the rules that something is said of: the fitted reader's if there is one, and one of maps alone."""
+    """Return the rules that something is said of: the first of maps alone, and the fitted reader's if there is one."""
     known = [rule for rule in ANSWERING if find_leading_map(rules.get(rule, ()))]
-    alone = [rule for rule in known if rule != READER][:1]
-    return [rule for rule in known if rule == READER or rule in alone]
+    return [rule for rule in known if rule in (known[0], READER)]
 
 
 def write_localization(path: pathlib.Path, table: LocalizationTable) -> None:

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from cxa_jax import figures
 from cxa_jax.array_types import PyTree
-from cxa_jax.box_reader import BoxReader, read_boxes, save_readers
+from cxa_jax.box_reader import BoxReader, save_readers
 from cxa_jax.checkpointing import Checkpoints, read_first
 from cxa_jax.classification import FIXED_THRESHOLD
 from cxa_jax.data.input_statistics import compute_input_statistics, save_input_statistics
@@ -30,7 +30,6 @@ from cxa_jax.results import DEV_FILE, name_other_dev
 from cxa_jax.run import Run, create_run, log_run
 from cxa_jax.run_metrics import compute_run_metrics
 from cxa_jax.saved_maps import choose_rows, save_maps
-from cxa_jax.scored_maps import ALL_MAPS
 from cxa_jax.summary import format_summary
 from cxa_jax.workdir import (
     add_younger_fields,
@@ -119,9 +118,7 @@ def write_outputs(run: Run, folder: pathlib.Path, output: pathlib.Path) -> dict[
     figures.save_curves(run, history, output / "training_curves.png")
     chosen = report["test"]["at_dev_threshold"] or report["test"]["at_0.5"]
     rule = rules and rules.rules.get(find_leading_map(test.maps) or "")
-    figures.save_attention_sheet(
-        run, test, chosen["threshold"], output / "test_attention.png", rule, read_all(readers, test, run)
-    )
+    figures.save_attention_sheet(run, test, chosen["threshold"], output / "test_attention.png", rule)
     log.info("%s", format_summary(report))
     log.info("everything is in %s; a report of it: python launch.py --mode=report --workdirs=%s", output, output)
     return report
@@ -218,13 +215,6 @@ def save_localization(
     rows = choose_rows(test, boxed.rows)
     save_maps(output / "maps_test.npz", test, split, rows, backbone.stride, backbone.offset)
     return found
-
-
-def read_all(readers: dict[str, BoxReader], predictions: Predictions, run: Run) -> np.ndarray | None:
-    """Return the box [N, 4] that the reader of all maps finds in each image; None without that reader."""
-    if ALL_MAPS not in readers:
-        return None
-    return read_boxes(readers[ALL_MAPS], predictions.maps, run.dataset.image_size)
 
 
 def restore_best(run: Run, folder: pathlib.Path) -> tuple[dict[str, PyTree], dict[str, Any]]:

@@ -81,7 +81,7 @@ def _where(groups: list[dict[str, Any]]) -> Card:
             aims = f", pointing {format_interval(pointing)}" if pointing else ""
             lines.append(f"less {CONTROL_TITLES[control]}: mean IoU {format_interval(iou)}{aims}")
     lines.append(MORAL)
-    maps = part["rules"][verdicts[-1].rule]  # of maps alone: a reader's boxes have neither peak nor energy
+    maps = part["rules"][verdicts[0].rule]  # of maps alone: a reader's boxes have neither peak nor energy
     for key, values in maps.items():
         if is_control(key):
             continue

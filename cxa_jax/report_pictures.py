@@ -16,16 +16,11 @@ from cxa_jax.report_localization import RULE_NAMES, name_map
 from cxa_jax.report_numbers import Group
 from cxa_jax.results import Result
 from cxa_jax.saved_maps import NUM_WORST, SavedMaps, draw_shared_rows
-from cxa_jax.scored_maps import ALL_MAPS
 
 NUM_POSITIVES, NUM_NEGATIVES = 4, 2
 NUM_PAIRS = 6
 SHEET_COLUMNS, SHEET_IMAGES = 12, 120
-SHEET_STYLES = {
-    ALL_MAPS: ("#009E73", "-", "green"),
-    "attention": ("#E69F00", "-", "orange"),
-    "evidence": ("#56B4E9", "--", "light blue, dashed"),
-}
+SHEET_STYLES = {"attention": ("#E69F00", "-", "orange"), "evidence": ("#56B4E9", "--", "light blue, dashed")}
 
 
 def shared_examples(results: Sequence[Result], num_positives: int, num_negatives: int) -> list[tuple[str, int]]:
