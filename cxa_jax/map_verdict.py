@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cxa_jax.localization_table import GAINS, MEAN_MAP, RANDOM_WEIGHTS, SHUFFLED, find_judged_rules, find_leading_map
-from cxa_jax.scored_maps import ALL_MAPS, THUMBNAIL, title_map
+from cxa_jax.scored_maps import THUMBNAIL, title_map
 
 CONTROL_TITLES = {
     "median_box": "the median box of other patients",
@@ -61,7 +61,7 @@ def judge(rules: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[Verdict]
 
 
 def _judge_leading(rule: str, maps: Mapping[str, Mapping[str, Any]]) -> Verdict:
-    name = ALL_MAPS if ALL_MAPS in maps else find_leading_map(maps)  # what a reader may have, it is given
+    name = find_leading_map(maps)
     metrics = maps[name]
     gains = {
         control: (metrics[columns[0]], metrics[columns[1]])
