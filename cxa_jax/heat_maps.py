@@ -65,7 +65,7 @@ def make_rule(rule: Rule | str | float) -> Rule:
         raise UserError(
             f"unknown threshold rule {given!r}; known are {', '.join(RULES)}, a level as a number between 0 and 1 such "
             "as 0.3, and a percentile as p and a number between 0 and 100 such as p85, or with its components "
-            f"({', '.join(COMPONENTS)}) as p85_all"
+            f"({', '.join(COMPONENTS)}) as p85_all; in Python also Rule 'mass' with four shares"
         )
     return rule
 
