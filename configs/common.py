@@ -253,7 +253,7 @@ def _phantom_quick(config: ConfigDict) -> None:
     _fit_short_training(config)
     _stride_8(config)
     config.optimizer.learning_rate = 0.01  # at 0.02 another rounding of the same sums can learn nothing
-    config.train.num_epochs = 3
+    config.train.num_epochs = 4
 
 
 def _phantom_hour(config: ConfigDict) -> None:
