@@ -23,7 +23,8 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Config: FILE[:VARIANT,
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; by default runs/NAME, named after config, variants.")
 WORKDIRS = flags.DEFINE_list("workdirs", [], "Finished runs, and CSVs with id, label, score; separated by commas.")
 INPUTS = flags.DEFINE_multi_string("inputs", [], "Files, folders, patterns, CSVs of paths")
-OUTPUT = flags.DEFINE_string("output", None, "Folder to write; by default WORKDIR/predict or WORKDIR/export.")
+WEIGHTS = flags.DEFINE_string("weights", None, "In place of --workdir: a name such as nih128, a file or a workdir.")
+OUTPUT = flags.DEFINE_string("output", None, "Folder (or .safetensors); by default WORKDIR/predict, WORKDIR/export.")
 COORDINATOR = flags.DEFINE_string("coordinator", "", "Several processes: HOST:PORT of process 0, given to all.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Several processes: how many.")
 PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Several processes: 0 ... num_processes - 1.")
@@ -42,9 +43,10 @@ def main(argv: list[str]) -> None:
     mode = MODES[MODE.value]
     module, function = mode.target.split(":")
     config = CONFIG.value
-    workdir = WORKDIR.value or str(pathlib.Path("runs") / (config.name if config else MODE.value))
+    default = str(pathlib.Path("runs") / (config.name if config else MODE.value))
+    workdir = WORKDIR.value or (None if WEIGHTS.value and "weights" in mode.flags else default)
     given = {"config": config, "data": config and config.data, "workdir": workdir, "workdirs": WORKDIRS.value}
-    given |= {"inputs": INPUTS.value + argv[1:], "output": OUTPUT.value}
+    given |= {"inputs": INPUTS.value + argv[1:], "output": OUTPUT.value, "weights": WEIGHTS.value}
     processes = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, DISTRIBUTED.value == "auto", MODE.value)
     with command_exits():
         load("cxa_jax.runtime", "set_up_runtime")()

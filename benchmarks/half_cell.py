@@ -257,7 +257,7 @@ def main() -> None:
         "size": options.image_size,
         "num_patients": options.num_patients,
         "num_tested": options.num_fitted,
-        "network": network.folder.name,
+        "network": network.source.name,
         "host": describe_host(),
         "environment": describe_environment(),
     }

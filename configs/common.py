@@ -115,7 +115,8 @@ def _model(backbone: str) -> ConfigDict:
 
 
 def _init() -> ConfigDict:
-    # Where the backbone's weights come from; both empty: Glorot uniform (Table 3). AMM and head always start fresh.
+    # Where the backbone's weights come from, one of them; all empty: Glorot uniform (Table 3). AMM and head start fresh
+    # but from `weights`.
     return ConfigDict(
         {
             "keras_weights": "",  # file of Keras applications weights (R11)
@@ -123,6 +124,8 @@ def _init() -> ConfigDict:
             # 'imagenet_torch' (torchvision) | 'xrv' (torchxrayvision) | 'div255'
             "torch_normalization": "imagenet_torch",  # of the images those weights were trained on
             "run": "",  # workdir of another run, such as one on phantoms: the backbone of its best state
+            # 'nih128', another name in weights/, or a file that --mode=export wrote: the backbone, and each of AMM and
+            "weights": "",  # head that has the same pooling, labels and shapes
         }
     )
 

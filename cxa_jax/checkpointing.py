@@ -26,9 +26,8 @@ from cxa_jax.digests import digest_arrays, digest_json
 from cxa_jax.distributed import barrier, is_first
 from cxa_jax.errors import UserError
 from cxa_jax.interruption import held_back
-from cxa_jax.model_names import WHOLE, name_backbone
-from cxa_jax.models.strides import find_last_stride
 from cxa_jax.sharding import put
+from cxa_jax.starting_weights import check_same_backbone
 from cxa_jax.train_state import TrainState
 
 log = logging.getLogger(__name__)
@@ -282,19 +281,9 @@ def load_backbone(workdir: pathlib.Path, config: dict[str, Any], abstract: Train
         raise UserError(f"config.init.run={workdir} is no workdir with a best state")
     with Checkpoints(workdir, "best", read_only=True) as best:
         meta = best.read_meta()
-        found = None if meta is None else WHOLE | meta["config"]
-        if found is None or found["model.backbone"] != config["model.backbone"]:
-            seen = "no best state" if found is None else found["model.backbone"]
-            raise UserError(
-                f"config.init.run={workdir} has {seen}; wanted is the best state of a {config['model.backbone']}"
-            )
-        theirs, ours = (find_last_stride(flat["model.stride"], flat["model.stride_by"]) for flat in (found, config))
-        if theirs != ours:
-            raise UserError(
-                f"config.init.run={workdir} has a {name_backbone(found)}, whose stages end at stride {theirs}; "
-                f"{name_backbone(config)} ends at {ours}. Give both the same config.model.stride and stride_by; "
-                "dilated networks end at 32, as the whole one does"
-            )
+        if meta is None:
+            raise UserError(f"config.init.run={workdir} has no best state")
+        check_same_backbone(f"config.init.run={workdir}", meta["config"], config)
         variables = best.restore_as_saved(abstract.step.sharding)
     log.info("backbone from %s, step %s", workdir, meta["progress"]["best_step"])
     return {kind: variables[kind]["backbone"] for kind in variables}

@@ -26,6 +26,7 @@ MAX_REPEATS = 1000
 MAX_DECAY = 0.999999  # of an average over steps that is divided by 1 - decay^n: float32 takes more for 1
 # What 'balanced' alone reads, with the value that leaves it be.
 BALANCED_ONLY = {"strata": "", "num_negatives": 0, "positives_repeated": 1}
+INIT_SOURCES = ("keras_weights", "torch_weights", "run", "weights")  # of config.init; a run starts from one at most
 # Inclusive bounds; None is no bound.
 RANGES = {
     "seed": (0, 2**32 - 1),
@@ -115,9 +116,9 @@ def check_config(config: ConfigDict, min_size: int) -> None:
             f"config.optimizer.ema_decay={optimizer.ema_decay} averages weights, which batch norm's running moments do "
             "not fit: set --config.train.recompute_moments=24, the training batches that they are recomputed on"
         )
-    sources = [f"config.init.{name}" for name in ("keras_weights", "torch_weights", "run") if config.init[name]]
+    sources = [f"config.init.{name}" for name in INIT_SOURCES if config.init[name]]
     if len(sources) > 1:
-        raise UserError(f"{' and '.join(sources)} are both set: choose one")
+        raise UserError(f"{' and '.join(sources)} are set: choose one")
     for name in ("data.image_size", "eval.image_size"):
         if (name == "data.image_size" or _get(config, name)) and _get(config, name) < min_size:
             raise UserError(f"config.{name}={_get(config, name)}: {config.model.backbone} needs at least {min_size} px")

@@ -1,4 +1,4 @@
-"""A trained run as one file that jax alone can run: StableHLO with the weights inside, and what one must know of it."""
+"""A trained run as one file: weights for this project, or StableHLO with them inside, which jax alone can run."""
 
 import hashlib
 import logging
@@ -14,6 +14,8 @@ from cxa_jax.averaged_copies import average_copies, choose_copies
 from cxa_jax.data.augment import normalize_images, to_rgb
 from cxa_jax.panels import FOOTER
 from cxa_jax.trained_network import TrainedNetwork, load_trained_network
+from cxa_jax.weights_export import export_weights
+from cxa_jax.weights_registry import SUFFIX
 from cxa_jax.workdir import describe_environment, flatten_config, to_json, write_atomically
 
 log = logging.getLogger(__name__)
@@ -25,16 +27,23 @@ ARTEFACT, DESCRIPTION = "model.stablehlo", "model.json"
 def export(workdir: str, output: str | None = None) -> pathlib.Path:
     """Write the best state of `workdir` as `output`/model.stablehlo and model.json (default `workdir`/export).
 
+    If `output` ends in .safetensors it is a weights file, with a .json beside it (`weights_export.export_weights`).
+
     The artefact is a serialised `jax.export.Exported`, called as `call(uint8=..., float32=...)`: images of both types,
     [batch, S, S] each, any batch, either of them empty; grey levels 0-255, 255 = white = dense. It returns probability
     [batch], logit [batch] and attention [batch, h, w], the rows of `uint8` first. Normalisation is inside, resizing is
     not.
 
+    Returns:
+      The folder, or the weights file.
+
     Raises:
       UserError: no such run, or no best state.
     """
+    if output and output.endswith(SUFFIX):
+        return export_weights(workdir, output)
     network = load_trained_network(workdir, implementation="plain")  # the fused graph is tuned to CPUs
-    folder = pathlib.Path(output).expanduser().absolute() if output else network.folder / "export"
+    folder = pathlib.Path(output).expanduser().absolute() if output else network.source / "export"
     folder.mkdir(parents=True, exist_ok=True)
     artefact = bytes(export_network(network).serialize())
     with replace_when_written(folder / ARTEFACT) as neighbour:

@@ -23,6 +23,7 @@ from cxa_jax.heat_maps import detect_boxes, scale_map, upsample_maps
 from cxa_jax.panels import FOOTER, ContactSheets, Prediction, draw_panels
 from cxa_jax.sharding import put_batch
 from cxa_jax.trained_network import TrainedNetwork, load_trained_network
+from cxa_jax.weights import load_weights
 from cxa_jax.workdir import describe_environment, flatten_config, to_json, write_atomically
 
 log = logging.getLogger(__name__)
@@ -37,27 +38,33 @@ TABLE, SUMMARY = "predictions.csv", "summary.json"
 _MAX_STEM = 60  # characters of a file's name in its picture's: 255 bytes are the most that file systems take
 
 
-def predict(workdir: str, inputs: Sequence[str], output: str | None = None) -> pathlib.Path:
-    """Predict foreign images by the best state of `workdir`.
+def predict(
+    workdir: str | None, inputs: Sequence[str], output: str | None = None, weights: str | None = None
+) -> pathlib.Path:
+    """Predict foreign images by the best state of `workdir`, or by `weights`.
 
-    Writes `output` (default `workdir`/predict): predictions.csv, one row for each input in the order named; for each
-    image a picture in panels/; contact sheets; summary.json. The folder has '.partial' behind its name until all is in
-    it; what a cut run left there goes.
+    Writes `output` (default WORKDIR/predict, or without a workdir runs/predict-NAME): predictions.csv, one row for each
+    input in the order named; for each image a picture in panels/; contact sheets; summary.json. The folder has
+    '.partial' behind its name until all is in it; what a cut run left there goes.
 
     Args:
-      workdir: of the run.
+      workdir: of the run; None where `weights` says which network.
       inputs: files, folders, patterns, CSVs of paths (`input_files.list_inputs`).
       output: folder that is not there yet, or is empty.
+      weights: a name in weights/, a weights file, or a workdir (`cxa_jax.weights`).
 
     Returns:
       The folder.
 
     Raises:
-      UserError: no run, no inputs, something in the way, or, at the very end, files that could not be read.
+      UserError: no run, or two ways to it, no inputs, something in the way, or, at the very end, files that could not
+        be read.
     """
+    if workdir and weights:
+        raise UserError("--workdir and --weights both say which network predicts: give one of them")
     paths = list_inputs(inputs)
-    network = load_trained_network(workdir)
-    folder = pathlib.Path(output).expanduser().absolute() if output else network.folder / "predict"
+    network = load_weights(weights) if weights else load_trained_network(workdir)
+    folder = pathlib.Path(output).expanduser().absolute() if output else _choose_folder(network)
     partial = _open_partial(folder)
     statistics = load_input_statistics(network.folder)
     if statistics is None:
@@ -72,6 +79,12 @@ def predict(workdir: str, inputs: Sequence[str], output: str | None = None) -> p
     if counts["errors"]:
         raise UserError(f"{counts['errors']} of {len(paths)} inputs could not be read; see {folder / TABLE}")
     return folder
+
+
+def _choose_folder(network: TrainedNetwork) -> pathlib.Path:
+    """Return where to write if nothing is said: in a workdir, but not beside a weights file, which may be shared."""
+    source = network.source
+    return source / "predict" if source.is_dir() else pathlib.Path("runs", f"predict-{source.stem}").absolute()
 
 
 def _open_partial(folder: pathlib.Path) -> pathlib.Path:
@@ -118,8 +131,7 @@ def _run(
     network: TrainedNetwork, paths: Sequence[pathlib.Path]
 ) -> Iterator[tuple[InputImage, dict[str, np.ndarray] | None]]:
     """Yield each input with what the network says of it (None for an unreadable one), in order."""
-    devices = network.mesh.size
-    batch_size = -(-min(network.config.eval.batch_size, len(paths)) // devices) * devices
+    batch_size = network.choose_batch_size(len(paths))
     stream = read_inputs(paths, network.image_size, network.config.data.num_workers)
     while items := list(itertools.islice(stream, batch_size)):
         good = [item for item in items if item.image is not None]
@@ -218,7 +230,7 @@ def _summarize(
 ) -> dict[str, Any]:
     return {
         "remark": f"{_remark(network)} {FOOTER}".strip(),
-        "workdir": str(network.folder),
+        "network": str(network.source),
         "config": flatten_config(network.config),
         "checkpoint_step": network.meta["progress"]["best_step"],
         "trained_on": network.meta["fingerprint"],

@@ -31,6 +31,7 @@ from cxa_jax.models.keras_import import KERAS_PREPROCESSING, load_keras_weights
 from cxa_jax.models.torch_import import load_torch_weights
 from cxa_jax.optimizer import create_optimizer, create_schedule, rate_at
 from cxa_jax.sharding import check_batch_size, create_mesh, fetchable, put_replicated, replicated
+from cxa_jax.starting_weights import load_starting_weights
 from cxa_jax.steps import INIT, MomentsStep, make_eval_step, make_moments_step, make_train_step
 from cxa_jax.train_state import Initialization, TrainState, trace_initialization
 from cxa_jax.workdir import flatten_config
@@ -85,7 +86,7 @@ class Run:
     moments_step: MomentsStep
 
     def create_state(self) -> TrainState:
-        """Draw fresh parameters, import the backbone's if asked; replicated over the mesh."""
+        """Draw fresh parameters, import the backbone's or what config.init.weights has; replicated over the mesh."""
         state = self.draw_state(jax.random.fold_in(self.root_key, INIT))
         imported = self._load_backbone()
         if imported is not None:
@@ -93,6 +94,9 @@ class Run:
                 params=state.params | {"backbone": imported["params"]},
                 batch_stats=state.batch_stats | {"backbone": imported["batch_stats"]},
             )
+        if self.config.init.weights:
+            fresh = {"params": state.params, "batch_stats": state.batch_stats}
+            state = state.replace(**load_starting_weights(self.config, self.normalization, fresh))
         state = self._add_evaluated(state)
         copies = jax.tree.map(np.array, (state.averaged_params, state.fitted_stats))  # no buffer is donated twice
         return put_replicated(state.replace(averaged_params=copies[0], fitted_stats=copies[1]), self.mesh)

@@ -1,30 +1,38 @@
-"""A finished run without its data: network, weights, input size and normalisation, threshold, calibration."""
+"""A finished run without its data: network, weights, input size and normalisation, threshold, calibration.
+
+From a workdir; `cxa_jax.weights` builds the same from a weights file.
+"""
 
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from scipy.special import expit
 
 from configs import common
 from cxa_jax.array_types import PyTree
 from cxa_jax.calibration import Calibration
 from cxa_jax.checkpointing import Checkpoints
 from cxa_jax.classification import FIXED_THRESHOLD
+from cxa_jax.companion_files import Folder
 from cxa_jax.data.augment import find_value_range
+from cxa_jax.data.images import resize_square
 from cxa_jax.errors import UserError
 from cxa_jax.models import CardioXAttentionNet, create_model
 from cxa_jax.pooling import FEATURES_ONLY
 from cxa_jax.run import choose_normalization
-from cxa_jax.sharding import create_mesh, replicated, split
+from cxa_jax.sharding import create_mesh, put_batch, replicated, split
 from cxa_jax.steps import make_eval_step
 from cxa_jax.workdir import flatten_config, refuse_outward_links
 
+OUTPUTS = ("logit", "attention", "evidence")  # of the network, that predictions show
 COMPUTATION_FIELDS = ("model.remat",)  # of older runs: how the network was computed, not what it is
 
 
@@ -33,7 +41,8 @@ class TrainedNetwork:
     """The best state of a run, ready to look at images.
 
     Attributes:
-      folder: the workdir.
+      source: the workdir, or the weights file.
+      folder: where the run's small files lie (`companion_files`): the workdir, or what the weights file carries of it.
       config: the run's, fields that are younger than the run at their defaults.
       model: the network.
       mesh: all devices.
@@ -48,7 +57,8 @@ class TrainedNetwork:
       is_phantom: True if it was trained on drawings.
     """
 
-    folder: pathlib.Path
+    source: pathlib.Path
+    folder: Folder
     config: ConfigDict
     model: CardioXAttentionNet
     mesh: Mesh
@@ -72,6 +82,46 @@ class TrainedNetwork:
         """True if the network learnt an attention map; else W is one constant, and class evidence says where."""
         return self.config.model.pooling not in FEATURES_ONLY
 
+    def choose_batch_size(self, num_images: int) -> int:
+        """Return how many images the network looks at at a time: at most config.eval.batch_size, or a few more."""
+        return -(-min(self.config.eval.batch_size, num_images) // self.mesh.size) * self.mesh.size
+
+    def predict(self, images: Sequence[np.ndarray]) -> dict[str, np.ndarray | None]:
+        """Say of images what --mode=predict says of files: the same resizing, the same numbers.
+
+        A batch of another size is another program to compile: give many images at once, or always as many.
+
+        Args:
+          images: uint8 [B, H, W], or B arrays uint8 [H, W] of any sizes: whole X-rays, 255 = white = dense.
+
+        Returns:
+          'logit' float32 [B]; 'score', its sigmoid, float64 [B] in [0, 1]; 'calibrated_score', by Platt's fit on the
+          run's dev split, float64 [B], or None where the run has none; 'is_positive', score >= threshold, bool [B];
+          'attention', W, float32 [B, h, w] in [0, 1], constant where `has_attention` is False; 'evidence' of each cell
+          for the class, in logits, float32 [B, h, w].
+
+        Raises:
+          UserError: there are no images, or one is no uint8 [H, W].
+        """
+        images = [np.asarray(image) for image in images]
+        for number, image in enumerate(images):
+            if image.dtype != np.uint8 or image.ndim != 2 or not image.size:
+                raise UserError(f"image {number} is {image.dtype} {list(image.shape)}: give grey bytes, uint8 [H, W]")
+        if not images:
+            raise UserError("there are no images to predict: give uint8 [B, H, W]")
+        size, batch_size = self.image_size, self.choose_batch_size(len(images))
+        outputs = []
+        for start in range(0, len(images), batch_size):
+            part = [resize_square(image, size) for image in images[start : start + batch_size]]
+            batch = np.zeros((batch_size, size, size, 1), np.uint8)
+            batch[: len(part), ..., 0] = part
+            device = self.eval_step(self.variables, put_batch(batch, self.mesh))
+            outputs.append({name: np.asarray(device[name])[: len(part)] for name in OUTPUTS})
+        out = {name: np.concatenate([output[name] for output in outputs]) for name in OUTPUTS}
+        score = expit(out["logit"].astype(np.float64))
+        calibrated = None if self.calibration is None else self.calibration.apply(out["logit"])
+        return out | {"score": score, "calibrated_score": calibrated, "is_positive": score >= self.threshold}
+
 
 def load_trained_network(workdir: str, implementation: str = "") -> TrainedNetwork:
     """Load the best state of a workdir; its data set is not needed.
@@ -85,13 +135,14 @@ def load_trained_network(workdir: str, implementation: str = "") -> TrainedNetwo
     """
     folder = pathlib.Path(workdir).expanduser().absolute()
     if not (folder / "checkpoints" / "best").is_dir() or not (folder / "config.json").is_file():
-        raise UserError(f"--workdir={folder} holds no trained run (config.json and checkpoints/best); train one first")
+        raise UserError(
+            f"--workdir={folder} holds no trained run (config.json and checkpoints/best); train one first, or give "
+            "--weights=NAME of a network that is trained"
+        )
     refuse_outward_links(folder)
     config = read_run_config(folder)
-    config.model.implementation = implementation or "auto"
-    mesh, normalization = create_mesh(), choose_normalization(config)
-    model = create_model(config.model).clone(value_range=find_value_range(normalization))
-    variables, meta = _restore(folder, model, mesh, config.data.image_size)
+    model, mesh = create_trained_model(config, implementation), create_mesh()
+    variables, meta = _restore(folder, describe_variables(model, mesh, config.data.image_size))
     metrics = read_metrics(folder)
     try:
         threshold, origin, calibration = _read_decision(metrics, meta)
@@ -100,20 +151,43 @@ def load_trained_network(workdir: str, implementation: str = "") -> TrainedNetwo
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{folder}/metrics.json is damaged ({error!r}); --mode=evaluate writes it again") from error
     return TrainedNetwork(
+        source=folder,
         folder=folder,
         config=config.lock(),
         model=model,
         mesh=mesh,
-        normalization=normalization,
         variables=variables,
-        num_copies=num_copies,
-        eval_step=jax.jit(make_eval_step(model, normalization, num_copies), out_shardings=split(mesh)),
         meta=meta,
         threshold=threshold,
         threshold_origin=origin,
         calibration=calibration,
         is_phantom=is_phantom,
+        **describe_looking(config, model, mesh, num_copies),
     )
+
+
+def create_trained_model(config: ConfigDict, implementation: str) -> CardioXAttentionNet:
+    """Return the network of a run's config; `implementation` as in `load_trained_network`, noted in the config."""
+    config.model.implementation = implementation or "auto"
+    return create_model(config.model).clone(value_range=find_value_range(choose_normalization(config)))
+
+
+def describe_looking(config: ConfigDict, model: CardioXAttentionNet, mesh: Mesh, num_copies: int) -> dict[str, Any]:
+    """Return how the network looks at images: the attributes normalization, num_copies and eval_step."""
+    normalization = choose_normalization(config)
+    eval_step = jax.jit(make_eval_step(model, normalization, num_copies), out_shardings=split(mesh))
+    return {"normalization": normalization, "num_copies": num_copies, "eval_step": eval_step}
+
+
+def describe_variables(model: CardioXAttentionNet, mesh: Mesh, image_size: int) -> dict[str, PyTree]:
+    """Return the shapes, types and shardings of {'params', 'batch_stats'}; nothing is computed or allocated."""
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    shapes = jax.eval_shape(lambda key, images: model.init(key, images, train=False), jax.random.key(0), images)
+    sharding = replicated(mesh)
+    return {
+        name: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes[name])
+        for name in ("params", "batch_stats")
+    }
 
 
 def read_run_config(folder: pathlib.Path) -> ConfigDict:
@@ -124,11 +198,26 @@ def read_run_config(folder: pathlib.Path) -> ConfigDict:
     """
     path = folder / "config.json"
     try:
-        stored = ConfigDict(json.loads(path.read_text(encoding="utf-8")))
-        config = common.get_config(str(stored.name), stored.model.backbone)
-        fields = flatten_config(stored)
+        fields = flatten_config(ConfigDict(json.loads(path.read_text(encoding="utf-8"))))
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
+    return build_run_config(path, fields)
+
+
+def build_run_config(path: pathlib.Path, fields: dict[str, Any]) -> ConfigDict:
+    """Return the config of a run's flat fields; those that it lacks take their defaults.
+
+    Args:
+      path: of the file that they stand in, for messages.
+      fields: by name, as 'train.batch_size'.
+
+    Raises:
+      UserError: a field is damaged, or says of the network what this version does not know.
+    """
+    for name in ("name", "model.backbone"):
+        if not isinstance(fields.get(name), str):
+            raise UserError(f"{path} is damaged: config.{name} is {repr(fields.get(name))[:80]}")
+    config = common.get_config(fields["name"], fields["model.backbone"])
     known = flatten_config(config)
     for field, value in fields.items():
         if field in known:
@@ -165,14 +254,9 @@ def read_metrics(folder: pathlib.Path) -> dict[str, Any] | None:
     return metrics
 
 
-def _restore(folder: pathlib.Path, model: CardioXAttentionNet, mesh: Mesh, size: int) -> tuple[PyTree, dict[str, Any]]:
-    images = jnp.zeros((1, size, size, 3))
-    abstract = jax.eval_shape(lambda key: model.init(key, images, train=False), jax.random.key(0))
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), dict(abstract)
-    )
+def _restore(folder: pathlib.Path, abstract: dict[str, PyTree]) -> tuple[PyTree, dict[str, Any]]:
     with Checkpoints(folder, "best", read_only=True) as best:
-        restored = best.restore_variables({"params": abstract["params"], "batch_stats": abstract["batch_stats"]})
+        restored = best.restore_variables(abstract)
     if restored is None:
         raise UserError(f"{folder} has no best checkpoint: no epoch ended with a finite dev loss; see metrics.csv")
     return restored

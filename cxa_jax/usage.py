@@ -50,9 +50,9 @@ MODES = {
     ),
     "predict": Mode(
         "cxa_jax.predict:predict",
-        ("workdir", "inputs", "output"),
-        "run a finished run on your own X-rays: a table, a picture of each, contact sheets",
-        "python launch.py --mode=predict --workdir=runs/dense121 --inputs=xrays/ --output=predictions",
+        ("workdir", "inputs", "output", "weights"),
+        "run a finished run, or weights that come with the repository, on your own X-rays: a table, pictures",
+        "python launch.py --mode=predict --weights=nih128 --inputs=xrays/ --output=predictions",
     ),
     "prepare": Mode(
         "cxa_jax.data.preparation:prepare",
@@ -63,8 +63,8 @@ MODES = {
     "export": Mode(
         "cxa_jax.export:export",
         ("workdir", "output"),
-        "write a finished run as one file that jax alone can run",
-        "python launch.py --mode=export --workdir=runs/dense121",
+        "write a finished run as one file: weights (--output=FILE.safetensors), or StableHLO that jax alone runs",
+        "python launch.py --mode=export --workdir=runs/dense121 --output=mine.safetensors",
     ),
     "ablate": Mode(
         "cxa_jax.ablation:ablate",

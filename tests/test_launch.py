@@ -48,6 +48,7 @@ def test_help_groups_its_flags_by_mode():
         (("--config=configs/dense121.py", "--workdri=x"), "workdri"),
         (("--config=configs/dense121.py", "train"), "unexpected argument(s) train"),
         (("--mode=predict", "--inputs=a.png", "b.png"), "holds no trained run"),
+        (("--mode=predict", "--inputs=a.png", "--weights=nih128"), "--workdir and --weights both"),
         (("--config=configs/dense121.py", "--mode=prepare"), "manual_dir"),
         slow(("--config=configs/dense121.py", "--mode=prepare", "--config.data.manual_dir=/nowhere"), "/nowhere"),
         slow(("--config=configs/dense121.py", "--config.model.backbone=vgg"), "config.model.backbone='vgg'"),

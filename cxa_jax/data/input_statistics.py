@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from cxa_jax.atomic_files import replace_when_written
+from cxa_jax.companion_files import Folder
 from cxa_jax.errors import UserError
 
 FILE = "input_statistics.json"
@@ -76,8 +77,8 @@ def save_input_statistics(statistics: InputStatistics, folder: pathlib.Path) -> 
         neighbour.write_text(text + "\n", encoding="utf-8")
 
 
-def load_input_statistics(folder: pathlib.Path) -> InputStatistics | None:
-    """Read what `save_input_statistics` wrote; None if it is not there.
+def load_input_statistics(folder: Folder) -> InputStatistics | None:
+    """Read what `save_input_statistics` wrote, also from a weights file; None if it is not there.
 
     Raises:
       UserError: the file is damaged.
