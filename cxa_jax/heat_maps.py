@@ -4,7 +4,8 @@ No plotting, and nothing here sees a true box.
 """
 
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -68,6 +69,16 @@ def make_rule(rule: Rule | str | float) -> Rule:
             f"({', '.join(COMPONENTS)}) as p85_all; in Python also Rule 'mass' with four shares"
         )
     return rule
+
+
+def read_rule(fields: Mapping[str, Any]) -> Rule:
+    """Return the rule of a JSON object with its fields.
+
+    Raises:
+      UserError: there is no such rule.
+      KeyError, TypeError: it lacks a field, or one is of another type.
+    """
+    return make_rule(Rule(**{name: fields[name] for name in Rule._fields})._replace(shares=tuple(fields["shares"])))
 
 
 def _is_mass(rule: Rule) -> bool:

@@ -15,6 +15,7 @@ from cxa_jax.heat_maps import (
     cut_percentiles,
     enclose,
     find_stacked_boxes,
+    read_rule,
     says_where,
     scale_map,
     upsample_maps,
@@ -93,10 +94,7 @@ def find_rules(run: Run, tuned: dict[str, dict[str, Any]] | None) -> MapRules | 
 
 
 def _read_rules(tuned: dict[str, dict[str, Any]]) -> dict[str, Rule]:
-    return {
-        name: Rule(**{field: row[field] for field in Rule._fields})._replace(shares=tuple(row["shares"]))
-        for name, row in tuned.items()
-    }
+    return {name: read_rule(row) for name, row in tuned.items()}
 
 
 def tune_rules(run: Run, maps: Mapping[str, np.ndarray], boxed: BoxedImages) -> dict[str, dict[str, Any]] | None:

@@ -19,7 +19,7 @@ from cxa_jax.data.input_images import InputImage, read_inputs
 from cxa_jax.data.input_statistics import InputStatistics, load_input_statistics
 from cxa_jax.errors import UserError
 from cxa_jax.figures import CLASSES
-from cxa_jax.heat_maps import detect_boxes, scale_map, upsample_maps
+from cxa_jax.heat_maps import describe_rule, detect_boxes, scale_map, upsample_maps
 from cxa_jax.panels import FOOTER, ContactSheets, Prediction, draw_panels
 from cxa_jax.sharding import put_batch
 from cxa_jax.trained_network import TrainedNetwork, load_trained_network
@@ -28,7 +28,6 @@ from cxa_jax.workdir import describe_environment, flatten_config, to_json, write
 
 log = logging.getLogger(__name__)
 
-RULE = "half_max"  # of the box, whatever rule the run tuned: a box on any map, without numbers fitted on phantoms
 COLUMNS = (
     "path", "logit", "score", "calibrated_score", "threshold", "threshold_origin", "decision", "box_x", "box_y",
     "box_w", "box_h", "warnings", "picture", "error",
@@ -191,12 +190,14 @@ def _make_row(
 def locate(network: TrainedNetwork, out: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
     """Return the map [S, S] in [0, 1] and its box x, y, w, h in px of the network's frame, None where it has none.
 
-    The map is attention on its fixed scale; for networks without any, positive class evidence over its maximum.
+    The map is attention on its fixed scale; for networks without any, positive class evidence over its maximum. The box
+    is cut by `network.box_rule`, which may scale the map in its own way.
     """
     name, scaling = ("attention", "unit") if network.has_attention else ("evidence", "positive")
     backbone = network.model.backbone
-    heat = scale_map(upsample_maps(out[name], network.image_size, backbone.stride, backbone.offset), scaling)
-    boxes = detect_boxes(heat, RULE)
+    values = upsample_maps(out[name], network.image_size, backbone.stride, backbone.offset)
+    heat, rule = scale_map(values, scaling), network.box_rule
+    boxes = detect_boxes(scale_map(values, rule.scaling) if rule.scaling else heat, rule)
     return heat, boxes[0] if len(boxes) else None
 
 
@@ -239,8 +240,7 @@ def _summarize(
         "threshold": network.threshold,
         "threshold_origin": network.threshold_origin,
         "calibration": None if network.calibration is None else vars(network.calibration),
-        "box": f"half the maximum of {_map_name(network)}, largest component, whatever rule the run tuned; px of the "
-        "file; for positive decisions only",
+        "box": f"{_map_name(network)}: {describe_rule(network.box_rule)}; px of the file; for positive decisions only",
         "compared_with_training_images": 0 if statistics is None else statistics.num_images,
         "counts": dict(counts),
         "environment": describe_environment(),

@@ -25,6 +25,7 @@ from cxa_jax.companion_files import Folder
 from cxa_jax.data.augment import find_value_range
 from cxa_jax.data.images import resize_square
 from cxa_jax.errors import UserError
+from cxa_jax.heat_maps import NAMED_RULES, Rule, read_rule
 from cxa_jax.models import CardioXAttentionNet, create_model
 from cxa_jax.pooling import FEATURES_ONLY
 from cxa_jax.run import choose_normalization
@@ -55,6 +56,8 @@ class TrainedNetwork:
       threshold_origin: where it comes from, in words.
       calibration: fitted on the run's dev split, or None.
       is_phantom: True if it was trained on drawings.
+      box_rule: how a box is read off the map that says where: as tuned on phantoms, if the run was tested with such a
+        rule; else at half the map's maximum, which needs no fitted number.
     """
 
     source: pathlib.Path
@@ -71,6 +74,7 @@ class TrainedNetwork:
     threshold_origin: str
     calibration: Calibration | None
     is_phantom: bool
+    box_rule: Rule
 
     @property
     def image_size(self) -> int:
@@ -148,7 +152,8 @@ def load_trained_network(workdir: str, implementation: str = "") -> TrainedNetwo
         threshold, origin, calibration = _read_decision(metrics, meta)
         is_phantom = bool(metrics["phantom"]) if metrics else config.data.name == "chest_phantom"
         num_copies = int(metrics["config"].get("eval.num_copies", 1)) if metrics else config.eval.num_copies
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        box_rule = _read_box_rule(metrics, config)
+    except (KeyError, TypeError, AttributeError, ValueError, UserError) as error:
         raise UserError(f"{folder}/metrics.json is damaged ({error!r}); --mode=evaluate writes it again") from error
     return TrainedNetwork(
         source=folder,
@@ -162,6 +167,7 @@ def load_trained_network(workdir: str, implementation: str = "") -> TrainedNetwo
         threshold_origin=origin,
         calibration=calibration,
         is_phantom=is_phantom,
+        box_rule=box_rule,
         **describe_looking(config, model, mesh, num_copies),
     )
 
@@ -281,3 +287,10 @@ def _read_calibration(metrics: dict[str, Any]) -> Calibration | None:
     """Return Platt's fit; None if the run is older than calibrations, or the fit turns the order of scores round."""
     platt = (metrics["test"].get("calibration") or {}).get("platt")
     return Calibration(platt["scale"], platt["bias"]) if platt and platt["scale"] > 0 else None
+
+
+def _read_box_rule(metrics: dict[str, Any] | None, config: ConfigDict) -> Rule:
+    localization = (metrics or {}).get("localization") or {}
+    tuned = (localization.get("tuned_rules") or {}).get("rules", {})
+    found = tuned.get("evidence" if config.model.pooling in FEATURES_ONLY else "attention")
+    return read_rule(found) if found else NAMED_RULES["half_max"]

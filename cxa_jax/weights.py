@@ -6,6 +6,7 @@ from cxa_jax.calibration import Calibration
 from cxa_jax.companion_files import StoredFolder
 from cxa_jax.config_checks import check_config
 from cxa_jax.errors import UserError
+from cxa_jax.heat_maps import read_rule
 from cxa_jax.sharding import create_mesh, put_replicated
 from cxa_jax.trained_network import (
     TrainedNetwork,
@@ -41,6 +42,9 @@ def load_file(path: pathlib.Path, implementation: str = "") -> TrainedNetwork:
         config = build_run_config(path, told["config"])
         model = create_trained_model(config, implementation)
         check_config(config, model.backbone.min_size)
+        box_rule = read_rule(told["box_rule"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: its box_rule is {told['box_rule']!r}") from error
     except UserError as error:
         raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     mesh = create_mesh()
@@ -57,5 +61,6 @@ def load_file(path: pathlib.Path, implementation: str = "") -> TrainedNetwork:
         threshold_origin=told["threshold_origin"],
         calibration=None if told["calibration"] is None else Calibration(**told["calibration"]),
         is_phantom=told["is_phantom"],
+        box_rule=box_rule,
         **describe_looking(config, model, mesh, config.eval.num_copies),
     )

@@ -83,6 +83,7 @@ def describe_network(network: TrainedNetwork) -> dict[str, Any]:
         "threshold_origin": network.threshold_origin,
         "calibration": None if network.calibration is None else dataclasses.asdict(network.calibration),
         "is_phantom": network.is_phantom,
+        "box_rule": network.box_rule._asdict(),
         "progress": {name: progress[name] for name in ("best_step", "epoch", "best_loss")},
         "fingerprint": network.meta["fingerprint"],
         "companions": read_companions(network.source),

@@ -40,6 +40,7 @@ DESCRIPTION = {
     "threshold_origin": (str,),
     "calibration": (dict, _OPTIONAL),  # scale, bias
     "is_phantom": (bool,),  # trained on drawings
+    "box_rule": (dict,),  # the fields of `heat_maps.Rule`
     "progress": (dict,),  # best_step, epoch, best_loss
     "fingerprint": (str,),  # of the data set
     "views": (dict, _OPTIONAL),  # training images of each view; None: unknown

@@ -13,8 +13,11 @@ from scipy.special import expit
 
 from cxa_jax.errors import UserError
 from cxa_jax.evaluate import evaluate_split
+from cxa_jax.export import export
+from cxa_jax.heat_maps import Rule, detect_boxes, scale_map, upsample_maps
 from cxa_jax.predict import COLUMNS, locate, predict
 from cxa_jax.trained_network import load_trained_network, read_run_config
+from cxa_jax.weights import load_weights
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +76,36 @@ def test_pictures_and_summary(workdir, rows):
     assert [path.name for path in folder.glob("sheet_*.png")] == ["sheet_001.png"]
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["counts"]["errors"] == 2 and summary["counts"]["predicted"] == 19
-    assert summary["box"].startswith(
-        "half the maximum of attention W, 0-1, largest component, whatever rule the run tuned"
-    )
+    assert summary["box"].startswith("attention W, 0-1: half the maximum, largest component; px of the file")
     assert "not a medical device" in summary["remark"] and "drawings" in summary["remark"]
     assert not list(folder.parent.glob("*.partial"))
+
+
+TUNED = {"kind": "mass", "value": 2.0, "components": "largest", "scaling": "logit", "shares": [0.3, 0.7, 0.4, 0.8]}
+
+
+def tune(folder, **fields):
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["localization"] = {"tuned_rules": {"rules": {"attention": TUNED | fields}}}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+
+
+def test_the_box_is_read_by_the_rule_that_phantoms_tuned(tmp_path):
+    """Also out of a weights file; the fixed levels of `locate` are those of runs without one."""
+    saved_run.save_run(tmp_path / "run")
+    tune(tmp_path / "run")
+    attention = np.random.default_rng(11).uniform(0.05, 0.95, (2, 2)).astype(np.float32)
+    out = {"attention": attention, "evidence": attention}
+    network = load_trained_network(str(tmp_path / "run"))
+    backbone = network.model.backbone
+    values = scale_map(upsample_maps(attention, network.image_size, backbone.stride, backbone.offset), "logit")
+    wanted = detect_boxes(values, Rule(**TUNED | {"shares": tuple(TUNED["shares"])}))[0]
+    export(str(tmp_path / "run"), str(tmp_path / "file.safetensors"))
+    for found in (network, load_weights(str(tmp_path / "file.safetensors"))):
+        np.testing.assert_allclose(locate(found, out)[1], wanted, rtol=1e-6)
+    tune(tmp_path / "run", shares=[0.7, 0.3, 0.4, 0.8])
+    with pytest.raises(UserError, match="metrics.json is damaged"):
+        load_trained_network(str(tmp_path / "run"))
 
 
 def test_predictions_are_not_overwritten(workdir, rows):
@@ -137,7 +165,8 @@ def test_box_is_in_pixels_of_the_file_and_no_patient_is_named(workdir, tmp_path,
 
 def test_map_of_a_network_without_attention():
     backbone = types.SimpleNamespace(stride=32, offset=14)
-    network = types.SimpleNamespace(has_attention=False, image_size=64, model=types.SimpleNamespace(backbone=backbone))
+    model = types.SimpleNamespace(backbone=backbone)
+    network = types.SimpleNamespace(has_attention=False, image_size=64, model=model, box_rule=Rule("half_max"))
     evidence = np.random.default_rng(0).normal(size=(2, 2)).astype(np.float32)
     heat, box = locate(network, {"attention": np.full((2, 2), 0.5, np.float32), "evidence": evidence})
     assert heat.shape == (64, 64) and heat.min() >= 0 and heat.max() == 1 and box is not None

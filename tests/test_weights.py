@@ -73,7 +73,16 @@ def registry(path, tmp_path, monkeypatch):
 
 def test_is_the_network_of_the_workdir(run, network, path):
     own = load_trained_network(str(run[2]))
-    for field in ("normalization", "num_copies", "threshold", "threshold_origin", "calibration", "is_phantom", "model"):
+    for field in (
+        "normalization",
+        "num_copies",
+        "threshold",
+        "threshold_origin",
+        "calibration",
+        "is_phantom",
+        "box_rule",
+        "model",
+    ):
         assert getattr(network, field) == getattr(own, field), field
     assert network.threshold == saved_run.THRESHOLD and vars(network.calibration) == saved_run.PLATT
     assert jax.tree.all(jax.tree.map(np.array_equal, network.variables, own.variables))

@@ -16,7 +16,8 @@ from cxa_jax.weights_file import DESCRIPTION, DTYPES, KEY, read_weights, round_p
 DESCRIBED = {
     "dtype": "float16", "dtype_reason": "measured", "largest_logit_difference": 0.003, "config": {"name": "x"},
     "normalization": "min_max", "threshold": 0.4, "threshold_origin": "dev", "calibration": {"scale": 1.5, "bias": 0},
-    "is_phantom": False, "progress": {"best_step": 7, "epoch": 2, "best_loss": 0.25}, "fingerprint": "f",
+    "is_phantom": False, "box_rule": {"kind": "half_max"}, "fingerprint": "f",
+    "progress": {"best_step": 7, "epoch": 2, "best_loss": 0.25},
     "views": {"PA": 3}, "companions": {"input_statistics.json": {"num_images": 3}},
 }  # fmt: skip
 
