@@ -69,10 +69,15 @@ def compute_coverage(box: ArrayLike, height: int, width: int) -> np.ndarray:
     return rows[:, None] * columns
 
 
+def compute_median_box(boxes: ArrayLike) -> np.ndarray:
+    """Compute the median box [4] of boxes [N, 4]: the median of each edge (left, top, right, bottom)."""
+    boxes = np.asarray(boxes, np.float64)
+    edges = np.median(np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1), axis=0)
+    return np.concatenate([edges[:2], edges[2:] - edges[:2]])
+
+
 def compute_median_boxes(boxes: ArrayLike, patients: ArrayLike) -> np.ndarray:
     """Compute for each image the median box of all OTHER patients: a detector that never looks at the image.
-
-    The median is taken of each edge (left, top, right, bottom).
 
     Args:
         boxes: [N, 4].
@@ -82,13 +87,12 @@ def compute_median_boxes(boxes: ArrayLike, patients: ArrayLike) -> np.ndarray:
         [N, 4]; nan where there is no other patient.
     """
     boxes, patients = np.asarray(boxes, np.float64), np.asarray(patients)
-    edges = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-    medians = np.full_like(edges, np.nan)
+    medians = np.full_like(boxes, np.nan)
     for patient in np.unique(patients):
         own = patients == patient
         if not own.all():
-            medians[own] = np.median(edges[~own], axis=0)
-    return np.concatenate([medians[:, :2], medians[:, 2:] - medians[:, :2]], axis=1)
+            medians[own] = compute_median_box(boxes[~own])
+    return medians
 
 
 def round_boxes(boxes: ArrayLike, map_size: tuple[int, int], image_size: tuple[int, int]) -> np.ndarray:

@@ -30,6 +30,7 @@ from cxa_jax.results import DEV_FILE, name_other_dev
 from cxa_jax.run import Run, create_run, log_run
 from cxa_jax.run_metrics import compute_run_metrics
 from cxa_jax.saved_maps import choose_rows, save_maps
+from cxa_jax.short_cuts import measure_short_cuts
 from cxa_jax.summary import format_summary
 from cxa_jax.workdir import (
     add_younger_fields,
@@ -112,6 +113,7 @@ def write_outputs(run: Run, folder: pathlib.Path, output: pathlib.Path) -> dict[
     now = {field: value for field, value in flatten_config(run.config).items() if field.startswith("eval.")}
     if variables is not stored:
         now["train.recompute_moments"] = run.config.train.recompute_moments
+    report["short_cuts"] = measure_short_cuts(run, variables, test, boxed["test"], boxes and boxes.table)
     report |= {"config": meta["config"] | now, "environment": describe_environment()}
     write_atomically(output / "metrics.json", to_json(report))
     history = meta["progress"]["history"]

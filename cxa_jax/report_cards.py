@@ -1,5 +1,6 @@
 """The first screen of a report: how good, how sure, where does it look, what went wrong."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,7 @@ from cxa_jax.localization_table import find_judged_rules, is_control
 from cxa_jax.map_verdict import CONTROL_TITLES, MORAL, judge
 from cxa_jax.report_localization import RULE_NAMES, name_map
 from cxa_jax.report_tables import describe_difference, format_interval, format_number, format_p
+from cxa_jax.short_cut_lines import write_energy, write_short_cuts
 from cxa_jax.strata import MIN_PATIENTS
 
 SHOWN = 3  # strata, pairs: the tables have all
@@ -37,6 +39,7 @@ def _how_good(report: dict[str, Any], groups: list[dict[str, Any]]) -> Card:
     source = "dev's threshold" if "at_dev_threshold" in best else "0.5"
     recall, specificity = format_interval(point["recall"]), format_interval(point["specificity"])
     lines.append(f"at {source}: sensitivity {recall}, specificity {specificity}")
+    lines += _list_short_cuts(best, write_short_cuts)
     picked = f", the highest of {len(groups)} models on this test set" if len(groups) > 1 else ""
     return Card("How good?", f"AUROC {format_interval(best['free']['auroc'])}, {best['name']}{picked}", lines)
 
@@ -89,9 +92,19 @@ def _where(groups: list[dict[str, Any]]) -> Card:
         if values["energy_ratio"]:
             numbers += f", energy {format_interval(values['energy_ratio'], 2)} (1 is chance)"
         lines.append(f"{name_map(key)}: {numbers}")
+    lines += _list_short_cuts(group, write_energy)
     if "image_centre" in maps:
         lines.append(f"image centre, control: pointing {format_interval(maps['image_centre']['pointing'], 2)}")
     return Card("Where does it look?", "; ".join(verdict.answer for verdict in verdicts), lines)
+
+
+def _list_short_cuts(group: dict[str, Any], write: Callable[..., list[str]]) -> list[str]:
+    """Return the lines on the short cuts of a group's first run that measured them; it is named beside others."""
+    for run, short_cuts in zip(group["runs"], group["short_cuts"], strict=True):
+        if short_cuts:
+            start = f"{run}: " if len(group["runs"]) > 1 else ""
+            return [f"{start}{line}" for line in write(short_cuts, format_interval)]
+    return []
 
 
 def _what_went_wrong(best: dict[str, Any]) -> Card:

@@ -164,6 +164,9 @@ def describe_group(group: Group, num_resamples: int, seed: int) -> dict[str, Any
         described[section] = {name: _describe(statistic) for name, statistic in values.items()}
     described["per_run"] = list(group.numbers)
     described["strata"] = describe_group_strata(group, num_resamples, seed)
+    described["short_cuts"] = [  # of all of the report's images; runs of older versions have none
+        None if result.num_left_out else (result.metrics or {}).get("short_cuts") for result in group.results
+    ]
     described["localization"] = None
     if tables:
         described["localization"] = summarize_tables(tables, num_resamples=num_resamples, seed=seed)

@@ -7,6 +7,7 @@ from cxa_jax.data.datasets import TITLES
 from cxa_jax.heat_maps import Rule, describe_rule
 from cxa_jax.localization_table import TUNED, find_judged_rules, find_leading_map, split_control
 from cxa_jax.map_verdict import CONTROL_TITLES, MORAL, judge
+from cxa_jax.short_cut_lines import write_energy, write_short_cuts
 
 SHOWN = ("pointing", "energy_ratio", "box_pointing", "mean_iou")
 
@@ -31,6 +32,8 @@ def format_summary(report: dict[str, Any]) -> str:
                 f"F1 {row['f1']:.3f}, weighted P {row['precision_weighted']:.3f} R {row['recall_weighted']:.3f} "
                 f"F1 {row['f1_weighted']:.3f}, [[TN, FP], [FN, TP]] = {row['confusion_matrix']}"
             )
+    lines += write_short_cuts(report["short_cuts"], _format_interval)
+    lines += write_energy(report["short_cuts"], _format_interval)
     return "\n".join(lines + _format_localization(report["localization"]))
 
 

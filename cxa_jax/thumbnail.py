@@ -104,7 +104,7 @@ def _make_folds(labels: np.ndarray, patients: np.ndarray) -> list[tuple[np.ndarr
     folds = list(StratifiedGroupKFold(num_folds).split(labels, labels, patients)) if num_folds > 1 else []
     folds = [fold for fold in folds if all(0 < labels[rows].sum() < len(rows) for rows in fold)]
     if not folds:
-        raise UserError("the thumbnail baseline needs training images of two patients of each class")
+        raise UserError("the logistic regression needs training images of two patients of each class")
     return folds
 
 

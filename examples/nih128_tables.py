@@ -2,17 +2,17 @@
 
     python examples/nih128_tables.py FOLDER METADATA.csv RAW_FOLDERS...
 
-FOLDER holds the images in one look and table.csv with path, label, patient, split, source ('named' or another), findings,
-view, boxes; METADATA.csv is NIH's Data_Entry_2017_v2020.csv; RAW_FOLDERS hold the named images as NIH ships them, at 128
-px. Needs scikit-learn. It writes, beside table.csv,
+FOLDER holds the images in one look and table.csv with path, label, patient, split, source ('named' or another),
+findings, view, boxes; METADATA.csv is NIH's Data_Entry_2017_v2020.csv; RAW_FOLDERS hold the named images as NIH ships
+them, at 128 px. Needs scikit-learn. It writes, beside table.csv,
 
 * all.csv: every image. Images without names have no view: a logistic regression on 24x24 thumbnails, fitted to named
-  training images, says it. Dev is drawn from the patients of named training images, 15 % of those with cardiomegaly and
-  10 % of the others;
+  training images, says it. Dev is drawn from the patients of named training images, 15 % of those with cardiomegaly
+  and 10 % of the others;
 * pa.csv: PA views, without the images whose view is estimated by a narrow margin;
 * rawall.csv: as all.csv, but named images as they are, copied to raw/. The view of images without names is one of its
-  own, so that config.data.strata=view draws negatives in the positives' shares of source and view, and neither tells the
-  label.
+  own, so that config.data.strata=view draws negatives in the positives' shares of source and view, and neither tells
+  the label.
 """
 
 import argparse

@@ -21,6 +21,7 @@ from cxa_jax.localization import score_maps
 from cxa_jax.metric_writer import write_history
 from cxa_jax.moments import fit_moments
 from cxa_jax.scored_maps import derive_maps
+from cxa_jax.short_cuts import measure_short_cuts, predict_covered
 from cxa_jax.steps import CONTROL
 from cxa_jax.thumbnail import make_thumbnails
 from cxa_jax.workdir import to_json
@@ -122,7 +123,16 @@ def test_numbers_of_a_run(run, predicted, controls, boxed, tmp_path):
     at_level = text["localization"]["all_boxed"]["rules"]["phantom_tuned"]
     assert set(at_level) == set(maps) and text["localization"]["tuned_rules"]["source"].startswith("dev hearts")
     assert maps["median_box"]["mean_iou"]["estimate"] == pytest.approx(1)  # all tiny boxes are one box
+    variables, programs = run.create_state().variables, run.test_step._cache_size()
+    numbers["short_cuts"] = measure_short_cuts(run, variables, test, boxed["test"], boxes.table)
+    assert run.test_step._cache_size() == programs  # the same step, the same batches
+    cuts = json.loads(to_json(numbers["short_cuts"]), parse_constant=pytest.fail)
+    assert cuts["attributes"] is None and cuts["heart_box"]["box"] == [28, 20, 24, 24]  # all are one view, sex and age
+    greyed = predict_covered(run, variables, "test", np.arange(19), np.tile([28.0, 20, 24, 24], (19, 1)), inside=False)
+    assert cuts["heart_box"]["heart_greyed"]["estimate"] == pytest.approx(roc_auc_score(test.label, greyed))
+    assert {row["label"] for row in cuts["energy"]["median_box"]} == {"all", "negative", "positive"}
     lines = summary.format_summary(numbers)
+    assert "heart greyed out: AUROC " in lines
     baseline = text["thumbnail_baseline"]
     assert baseline["auroc"]["estimate"] > 0.9
     gain = roc_auc_score(test.label, test.score) - baseline["auroc"]["estimate"]

@@ -1,6 +1,7 @@
 """The first screen: its verdicts follow from the intervals."""
 
 import pytest
+from finished_runs import describe_short_cuts
 
 from cxa_jax.localization_table import GAIN
 from cxa_jax.report_cards import write_cards
@@ -49,6 +50,7 @@ def make_report(mean_iou: float, auroc: float = 0.8) -> dict:
     group = {
         "name": "CXA_Dense121",
         "runs": ["a"],
+        "short_cuts": [describe_short_cuts()],
         "free": {"auroc": interval(auroc) | {"sd_over_seeds": float("nan")}},
         "at_0.5": {"recall": interval(0.6), "specificity": interval(0.9)},
         "per_run": [{"at_dev_threshold": point, "at_0.5": point, "calibration_error": interval(0.2)}],
@@ -129,9 +131,16 @@ def test_a_map_alone_is_judged_first_and_a_fitted_reader_beside_it():
 
 
 def test_the_best_model_comes_first_and_errors_are_counted():
-    good, sure, _, wrong = write_cards(make_report(0.2))
+    good, sure, where, wrong = write_cards(make_report(0.2))
     assert good.answer == "AUROC 0.800 [0.780, 0.820], CXA_Dense121, the highest of 2 models on this test set"
     assert "DenseNet121-GAP: 0.700" in good.lines[0]
+    assert "view, age alone, logistic regression: AUROC 0.700 [0.600, 0.800]" in "\n".join(good.lines)
+    assert "heart greyed out: AUROC 0.700 [0.600, 0.800]" in good.lines[-1] and "14 patients" in good.lines[-1]
+    assert any(line.startswith("energy of attention W in the median box") for line in where.lines)
+    older = make_report(0.2)
+    for group in older["groups"]:
+        group["short_cuts"] = [None]
+    assert not any("heart greyed" in line for line in write_cards(older)[0].lines)
     assert "0.040 wide, by bootstrap over patients" in sure.answer and "120 test images, 20 positive" in sure.lines[0]
     assert wrong.answer == "7 of 20 positives missed, 10 of 100 negatives called positive"
     assert (
