@@ -190,6 +190,7 @@ def _eval() -> ConfigDict:
             "num_copies": 1,  # looks at each image in a test, one after the other: so many times the time
             "overlay_intensity": 0.2,  # of the colour map over the X-ray (Figs. 1, 8)
             "levels_run": "",  # workdir of a phantom run, whose dev hearts tuned how maps become boxes; '' = init.run
+            "cardiothoracic_ratio": False,  # True: a reader of it, fitted on drawings in 20 s, is kept and tested
             "prevalences": (0.0327, 0.0978, 0.2),  # precision, NPV ... are re-weighted to: training list, test, Table 4
             "num_bootstrap": 2000,  # patient-clustered resamples behind each interval
         }

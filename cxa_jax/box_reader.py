@@ -21,6 +21,7 @@ from cxa_jax.errors import UserError
 from cxa_jax.heat_maps import LOGIT_EPSILON, height_and_width
 from cxa_jax.localization import LocalizationScores, score_boxes
 from cxa_jax.localization_table import RANDOM_WEIGHTS, READER, is_control
+from cxa_jax.ridge import apply_ridge, fit_ridge
 from cxa_jax.scored_maps import ALL_MAPS, THUMBNAIL, WITH_MAPS
 
 ALPHAS = tuple(10 ** (power / 2) for power in range(-2, 11))  # of ridge regression, 0.1 to 100,000
@@ -100,10 +101,10 @@ def fit_reader(
     with threadpool_limits(1):  # the same bits on every machine
         errors = np.zeros(len(ALPHAS))
         for fold, held_out in GroupKFold(num_folds).split(features, groups=patients):
-            for index, fit in enumerate(_fit_ridge(features[fold], edges[fold], ALPHAS)):
-                errors[index] += np.sum((_predict(features[held_out], *fit) - edges[held_out]) ** 2)
+            for index, fit in enumerate(fit_ridge(features[fold], edges[fold], ALPHAS)):
+                errors[index] += np.sum((apply_ridge(features[held_out], *fit) - edges[held_out]) ** 2)
         alpha = ALPHAS[int(np.argmin(errors))]
-        fit = _fit_ridge(features, edges, [alpha])[0]
+        fit = fit_ridge(features, edges, [alpha])[0]
     return BoxReader(tuple(names), grid, *fit, alpha=alpha, num_images=len(features))
 
 
@@ -126,7 +127,7 @@ def read_boxes(reader: BoxReader, maps: Mapping[str, ArrayLike], image_size: int
         have, want = ("{}x{}".format(*size) for size in (grid, reader.grid))
         raise UserError(f"maps have {have} cells, and the reader of boxes was fitted on {want}: it needs the same grid")
     with threadpool_limits(1):
-        edges = _predict(features, reader.center, reader.scale, reader.coefficients, reader.intercept)
+        edges = apply_ridge(features, reader.center, reader.scale, reader.coefficients, reader.intercept)
     edges, sides = edges * _sides(image_size), _sides(image_size)[:2]
     low = np.clip(np.minimum(edges[:, :2], edges[:, 2:]), 0, sides - 1)
     high = np.clip(np.maximum(edges[:, :2], edges[:, 2:]), low + 1, sides)
@@ -226,18 +227,3 @@ def _flatten(names: Iterable[str], maps: Mapping[str, ArrayLike]) -> tuple[np.nd
 def _sides(image_size: int | tuple[int, int]) -> np.ndarray:
     height, width = height_and_width(image_size)
     return np.array([width, height, width, height], np.float64)
-
-
-def _fit_ridge(features: np.ndarray, targets: np.ndarray, alphas: Iterable[float]) -> list[tuple[np.ndarray, ...]]:
-    """Minimise |targets - intercept - X b|^2 + alpha |b|^2 over standardised X: (center, scale, b, intercept) each."""
-    center, intercept = features.mean(axis=0), targets.mean(axis=0)
-    scale = np.where(np.ptp(features, axis=0) > 0, features.std(axis=0), 1.0)
-    u, s, v = np.linalg.svd((features - center) / scale, full_matrices=False)  # one for all alphas
-    projected = u.T @ (targets - intercept)
-    return [(center, scale, v.T @ ((s / (s**2 + alpha))[:, None] * projected), intercept) for alpha in alphas]
-
-
-def _predict(
-    features: np.ndarray, center: np.ndarray, scale: np.ndarray, coefficients: np.ndarray, intercept: np.ndarray
-) -> np.ndarray:
-    return (features - center) / scale @ coefficients + intercept

@@ -26,6 +26,7 @@ from cxa_jax.metrics import compute_youden_threshold
 from cxa_jax.moments import fit_moments
 from cxa_jax.phantom_readers import READERS_FILE, describe_readers, find_readers, fit_phantom_readers
 from cxa_jax.predictions import PredictionTable, read_predictions, write_predictions
+from cxa_jax.ratio_metrics import save_ratio
 from cxa_jax.results import DEV_FILE, name_other_dev
 from cxa_jax.run import Run, create_run, log_run
 from cxa_jax.run_metrics import compute_run_metrics
@@ -108,7 +109,8 @@ def write_outputs(run: Run, folder: pathlib.Path, output: pathlib.Path) -> dict[
         statistics = compute_input_statistics(run.dataset.splits["train"], run.dataset.fingerprint)
         save_input_statistics(statistics, folder)
     report = {"checkpoint": _describe_checkpoint(meta)}
-    report |= compute_run_metrics(run, dev, test.to_table(), boxes, dev_name)
+    ratio = save_ratio(run, dev, test.to_table(), output, boxed["test"], boxes and boxes.table)
+    report |= compute_run_metrics(run, dev, test.to_table(), boxes, dev_name, ratio)
     report |= {"phantom_tuned_rules": tuned, "phantom_readers": describe_readers(readers)}
     now = {field: value for field, value in flatten_config(run.config).items() if field.startswith("eval.")}
     if variables is not stored:

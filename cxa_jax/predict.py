@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from scipy.special import expit
 
+from cxa_jax.cardiothoracic import SOURCE as RATIO_SOURCE
+from cxa_jax.cardiothoracic import RatioReader, load_ratio_reader, measure_image
 from cxa_jax.console import progress_bar
 from cxa_jax.data.door_checks import check_image
 from cxa_jax.data.input_files import list_inputs
@@ -29,8 +31,8 @@ from cxa_jax.workdir import describe_environment, flatten_config, to_json, write
 log = logging.getLogger(__name__)
 
 COLUMNS = (
-    "path", "logit", "score", "calibrated_score", "threshold", "threshold_origin", "decision", "box_x", "box_y",
-    "box_w", "box_h", "warnings", "picture", "error",
+    "path", "logit", "score", "calibrated_score", "cardiothoracic_ratio", "heart_width", "thorax_width", "threshold",
+    "threshold_origin", "decision", "box_x", "box_y", "box_w", "box_h", "warnings", "picture", "error",
 )  # fmt: skip
 BOX = ("box_x", "box_y", "box_w", "box_h")
 TABLE, SUMMARY = "predictions.csv", "summary.json"
@@ -70,8 +72,10 @@ def predict(
         log.warning("%s has no input_statistics.json, so nothing is compared with its training images; "
                     "--mode=evaluate writes it", network.folder)  # fmt: skip
     log.info("threshold %.4f: %s", network.threshold, network.threshold_origin)
-    counts = _predict_all(network, statistics, paths, partial)
-    write_atomically(partial / SUMMARY, to_json(_summarize(network, statistics, counts)))
+    reader = load_ratio_reader(network.folder)
+    counts = _predict_all(network, statistics, reader, paths, partial)
+    summary = _summarize(network, statistics, counts) | {"cardiothoracic_ratio": reader and RATIO_SOURCE}
+    write_atomically(partial / SUMMARY, to_json(summary))
     partial.rename(folder)  # onto nothing, or an empty folder
     log.info("%d images predicted, %d with warnings; %s, panels/, %d contact sheets in %s. %s",
              counts["predicted"], counts["with_warnings"], TABLE, counts["contact_sheets"], folder, FOOTER)  # fmt: skip
@@ -103,6 +107,7 @@ def _open_partial(folder: pathlib.Path) -> pathlib.Path:
 def _predict_all(
     network: TrainedNetwork,
     statistics: InputStatistics | None,
+    reader: RatioReader | None,
     paths: Sequence[pathlib.Path],
     folder: pathlib.Path,
 ) -> collections.Counter:
@@ -117,7 +122,7 @@ def _predict_all(
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for number, (item, out) in enumerate(_run(network, paths)):
-            row = _make_row(network, statistics, item, out, folder, number, sheets)
+            row = _make_row(network, statistics, reader, item, out, folder, number, sheets)
             writer.writerow(row)
             counts.update(["errors" if row["error"] else "predicted"])
             counts.update({"with_warnings": bool(row["warnings"]), "positive": row["decision"] == CLASSES[1]})
@@ -150,6 +155,7 @@ def _run(
 def _make_row(
     network: TrainedNetwork,
     statistics: InputStatistics | None,
+    reader: RatioReader | None,
     item: InputImage,
     out: dict[str, np.ndarray] | None,
     folder: pathlib.Path,
@@ -171,6 +177,10 @@ def _make_row(
     heat, box = locate(network, out)
     box = box if decision == CLASSES[1] else None
     found = check_image(item.image, statistics)
+    if reader is not None:
+        widths, fault = measure_image(reader, item.image.pixels, item.image.width)
+        row |= widths
+        found += fault
     stem = item.path.stem[:_MAX_STEM].encode("utf-8", "replace").decode("utf-8")  # a name may be no text
     picture = f"panels/{number:05d}_{stem}.png"
     row |= {"logit": repr(logit), "score": repr(score), "threshold": repr(network.threshold), "decision": decision}
@@ -180,7 +190,7 @@ def _make_row(
     if box is not None:
         scale = np.array([item.image.width, item.image.height] * 2) / network.image_size
         row |= {name: f"{value:.1f}" for name, value in zip(BOX, box * scale, strict=True)}
-    shown = _make_prediction(network, item, name, heat, box, score, found)
+    shown = _make_prediction(network, item, name, heat, box, score, found, row["cardiothoracic_ratio"])
     image = draw_panels(shown, _map_name(network), network.config.eval.overlay_intensity, _remark(network))
     image.save(folder / picture, compress_level=3)  # a tenth larger than by default, in half the time
     sheets.add(shown)
@@ -209,11 +219,13 @@ def _make_prediction(
     box: np.ndarray | None,
     score: float,
     found: list[str],
+    ratio: str,
 ) -> Prediction:
     height, width = item.display.shape
     is_positive = score >= network.threshold
     verdict = f"score {score:.3f}: {CLASSES[int(is_positive)]}"
     verdict += f", threshold {network.threshold:.3f} ({network.threshold_origin})"
+    verdict += f", cardiothoracic ratio {ratio}" if ratio else ""
     scaled = None if box is None else box * np.array([width, height, width, height]) / network.image_size
     return Prediction(name, item.display, heat, scaled, verdict, found, is_positive)
 

@@ -22,6 +22,7 @@ from cxa_jax.report_numbers import (
     group_results,
 )
 from cxa_jax.report_page import Section, ShownPicture, embed_picture, render_page
+from cxa_jax.report_ratio import tabulate_ratio
 from cxa_jax.report_runs import tabulate_runs
 from cxa_jax.results import Result, load_results
 from cxa_jax.workdir import describe_environment, open_workdir, to_json, write_atomically
@@ -162,6 +163,7 @@ def arrange(report: dict[str, Any], results: Sequence[Result], pictures: dict[st
         "Classification": [
             report_tables.tabulate_overview(report),
             report_tables.tabulate_comparisons(report),
+            tabulate_ratio(report),
             *named("fig6"),
             report_tables.tabulate_points(report),
             report_tables.tabulate_prevalence(report),

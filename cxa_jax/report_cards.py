@@ -7,6 +7,7 @@ from typing import Any
 from cxa_jax.localization_table import find_judged_rules, is_control
 from cxa_jax.map_verdict import CONTROL_TITLES, MORAL, judge
 from cxa_jax.report_localization import RULE_NAMES, name_map
+from cxa_jax.report_ratio import write_ratio_lines
 from cxa_jax.report_tables import describe_difference, format_interval, format_number, format_p
 from cxa_jax.short_cut_lines import write_energy, write_short_cuts
 from cxa_jax.strata import MIN_PATIENTS
@@ -35,6 +36,7 @@ def _how_good(report: dict[str, Any], groups: list[dict[str, Any]]) -> Card:
     lines = [f"{group['name']}: {format_interval(group['free']['auroc'])}" for group in groups[1:]]
     for baseline in report["baselines"]:
         lines.append(f"8x8 thumbnail + logistic regression, same images: {format_interval(baseline['auroc'])}")
+    lines += write_ratio_lines(report)
     point = best.get("at_dev_threshold", best["at_0.5"])
     source = "dev's threshold" if "at_dev_threshold" in best else "0.5"
     recall, specificity = format_interval(point["recall"]), format_interval(point["specificity"])

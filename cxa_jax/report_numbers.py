@@ -159,6 +159,8 @@ def describe_group(group: Group, num_resamples: int, seed: int) -> dict[str, Any
         "runs": [result.name for result in group.results],
         "seeds": [result.config.get("seed") for result in group.results],
         "thresholds": group.thresholds,
+        # Of runs that measured it; runs of older versions know no such field.
+        "cardiothoracic_ratio": [(result.metrics or {}).get("cardiothoracic_ratio") for result in group.results],
     }
     for section, values in group.statistics.items():
         described[section] = {name: _describe(statistic) for name, statistic in values.items()}

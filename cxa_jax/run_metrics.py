@@ -26,10 +26,12 @@ def compute_run_metrics(
     test: PredictionTable,
     boxes: Localization | None,
     dev_name: str = "dev",
+    ratio: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Compute every number of a run: classification on dev and test, localisation beside its controls, a baseline.
 
-    The second threshold maximises Youden's J on dev, and dev fits the calibration; nothing is chosen on test.
+    The second threshold maximises Youden's J on dev, and dev fits the calibration; nothing is chosen on test. `ratio`
+    is what `ratio_metrics.measure_ratio` says, None where it was not asked for.
     """
     protocol = {"dev_name": dev_name, "prevalences": run.config.eval.prevalences}
     options = {"num_resamples": run.config.eval.num_bootstrap, "seed": run.config.seed}
@@ -48,6 +50,7 @@ def compute_run_metrics(
         "test": describe_classification(test, dev, **options, **protocol),
         "localization": describe_localization(run, boxes, **options),
         "thumbnail_baseline": describe_thumbnail_baseline(run, test, run.dataset.splits["test"]),
+        "cardiothoracic_ratio": ratio,
     }
 
 

@@ -23,6 +23,7 @@ def format_summary(report: dict[str, Any]) -> str:
     if report["thumbnail_baseline"]:
         baseline, gain = (_format_interval(report["thumbnail_baseline"][name]) for name in ("auroc", "gain"))
         lines.append(f"8x8 thumbnail + logistic regression on the same images: AUROC {baseline}; above it {gain}")
+    lines += _format_ratio(report["cardiothoracic_ratio"])
     for name in ("at_0.5", "at_dev_threshold"):
         row = test[name]
         if row is not None:
@@ -35,6 +36,27 @@ def format_summary(report: dict[str, Any]) -> str:
     lines += write_short_cuts(report["short_cuts"], _format_interval)
     lines += write_energy(report["short_cuts"], _format_interval)
     return "\n".join(lines + _format_localization(report["localization"]))
+
+
+def _format_ratio(ratio: dict[str, Any] | None) -> list[str]:
+    if ratio is None:
+        return []
+    error = ratio["reader"]["error"]["natural"]["ratio"]
+    line = "cardiothoracic ratio, by regressions fitted on drawings alone (mean absolute error there "
+    line += f"{_format_interval(error['mean_absolute_error'])})"
+    rows = {"all": ratio["all"]} | ratio["by_view"]
+    told = [
+        f"{name}: AUROC {_format_interval(row['auroc'])}, less the network's {_format_interval(row['less_network'])}"
+        + (
+            f", both together above the network {_format_interval(row['with_network_less_network'])}"
+            if "with_network" in row
+            else ""
+        )
+        for name, row in rows.items()
+        if not row["too_small"]
+    ]
+    beaten = ["THE RATIO BEATS THE NETWORK"] if ratio["ratio_beats_network"] else []
+    return [f"{line}: " + "; ".join([*beaten, *told])] if told else [f"{line}: too few patients to compare"]
 
 
 def _format_localization(localization: dict[str, Any] | None) -> list[str]:

@@ -12,14 +12,16 @@ import tiny
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from sklearn.metrics import log_loss, roc_auc_score
 
-from cxa_jax import figures, map_controls, map_evaluation, map_rules, outputs, run_metrics, summary
+from cxa_jax import figures, map_controls, map_evaluation, map_rules, outputs, ratio_metrics, run_metrics, summary
 from cxa_jax import run as run_module
+from cxa_jax.cardiothoracic import load_ratio_reader, read_edges
 from cxa_jax.errors import UserError
 from cxa_jax.evaluate import Predictions, compute_loss, evaluate_split
 from cxa_jax.heat_maps import Rule, describe_rule, scale_map, upsample_maps
 from cxa_jax.localization import score_maps
 from cxa_jax.metric_writer import write_history
 from cxa_jax.moments import fit_moments
+from cxa_jax.ratio_fit import fit_on_phantoms
 from cxa_jax.scored_maps import derive_maps
 from cxa_jax.short_cuts import measure_short_cuts, predict_covered
 from cxa_jax.steps import CONTROL
@@ -145,6 +147,38 @@ def test_numbers_of_a_run(run, predicted, controls, boxed, tmp_path):
     )
     assert lines.endswith("A map that does not beat these has shown nothing.")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["localization_test.csv", "maps_test.npz"]
+
+
+def test_the_ratio_is_measured_where_the_config_asks_for_it(run, predicted, controls, boxed, tmp_path, monkeypatch):
+    """Heart widths of regression and maps are held to the true boxes'; nothing is joined where dev has other images."""
+    dev, test = predicted["dev"].to_table(), predicted["test"].to_table()
+    assert ratio_metrics.save_ratio(run, dev, test, tmp_path, boxed["test"], None) is None
+    assert not list(tmp_path.iterdir())
+    config = run.config.copy_and_resolve_references()
+    with config.unlocked():
+        config.eval.cardiothoracic_ratio, config.data.num_workers = True, 1
+    asked = dataclasses.replace(run, config=config)
+    monkeypatch.setattr(ratio_metrics, "fit_on_phantoms", lambda workers: fit_on_phantoms(workers, 40, 10))
+    found = outputs.save_localization(run, dev, predicted["test"], tmp_path, boxed["test"], None, controls)
+    ratio = ratio_metrics.save_ratio(asked, dev, test, tmp_path, boxed["test"], found.table)
+    text = json.loads(to_json(ratio), parse_constant=pytest.fail)
+    reader = load_ratio_reader(tmp_path)
+    assert text["reader"]["num_phantoms"] == 40 == reader.facts["num_phantoms"] and "drawings" in text["source"]
+    images = [run.dataset.splits["test"].read_image(int(row)) for row in boxed["test"].rows]
+    edges = read_edges(reader, images)
+    widths = edges[:, 5] - edges[:, 4]
+    bias = text["boxed"]["regression"]["heart_width"]["bias"]["estimate"]
+    assert bias == pytest.approx(np.mean(widths - 24 / tiny.SIZE))
+    thorax = edges[:, 1] - edges[:, 0]
+    bias = text["boxed"]["regression"]["ratio"]["bias"]["estimate"]
+    assert bias == pytest.approx(np.mean((widths - 24 / tiny.SIZE) / thorax))
+    predicted_widths = found.table.scores["attention", "half_max"].predicted[:, 2] / tiny.SIZE
+    measured = np.isfinite(predicted_widths)
+    row = text["boxed"]["attention, half_max"]["heart_width"]
+    assert row["num_images"] == measured.sum() and row["num_unmeasured"] == (~measured).sum()
+    other = dataclasses.replace(dev, id=np.array([f"x{name}" for name in dev.id]))
+    assert ratio_metrics.measure_ratio(asked, reader, other, test, boxed["test"], None)["coefficients"] is None
+    assert text["coefficients"] is not None
 
 
 def test_rules_are_tuned_on_dev_boxes_of_phantoms_alone(run, predicted, controls, boxed):

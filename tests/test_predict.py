@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import types
 
 import numpy as np
@@ -11,11 +12,13 @@ import test_dicom
 from PIL import Image
 from scipy.special import expit
 
+from cxa_jax.cardiothoracic import compute_ratios, fit_ratio_reader, read_edges, save_ratio_reader
 from cxa_jax.errors import UserError
 from cxa_jax.evaluate import evaluate_split
 from cxa_jax.export import export
 from cxa_jax.heat_maps import Rule, detect_boxes, scale_map, upsample_maps
 from cxa_jax.predict import COLUMNS, locate, predict
+from cxa_jax.ratio_fit import draw_chests
 from cxa_jax.trained_network import load_trained_network, read_run_config
 from cxa_jax.weights import load_weights
 
@@ -161,6 +164,32 @@ def test_box_is_in_pixels_of_the_file_and_no_patient_is_named(workdir, tmp_path,
         big = next(csv.DictReader(file))
     for axis, factor in (("x", 3), ("w", 3), ("y", 2), ("h", 2)):
         assert float(big[f"box_{axis}"]) == pytest.approx(factor * float(rows[positive][f"box_{axis}"]), abs=4 * factor)
+
+
+def test_the_ratio_stands_beside_the_score_where_the_run_has_a_reader(workdir, tmp_path, rows):
+    """In px of the file; an image of one grey level has none, and a warning."""
+    assert all(row[name] == "" for row in rows for name in ("cardiothoracic_ratio", "heart_width", "thorax_width"))
+    folder = tmp_path / "run"
+    shutil.copytree(workdir[0], folder, ignore=shutil.ignore_patterns("png", "predict"))
+    images, edges = draw_chests("natural", 7, range(30), True, 1)
+    reader = fit_ratio_reader(images[:24], edges[:24])
+    save_ratio_reader(reader, folder)
+    for number, chest in enumerate(images[24:]):
+        Image.fromarray(chest[..., 0]).save(tmp_path / f"chest{number}.png")
+    Image.fromarray(images[24, ..., 0]).resize((192, 128), Image.Resampling.NEAREST).save(tmp_path / "wide.png")
+    Image.fromarray(np.full((64, 64), 99, np.uint8)).save(tmp_path / "x_blank.png")
+    predict(str(folder), [str(tmp_path / "*.png")], str(tmp_path / "out"))
+    with (tmp_path / "out" / "predictions.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    found = read_edges(reader, images[24:])
+    for row, ratio, own in zip(table[:6], compute_ratios(found), found, strict=True):
+        assert float(row["cardiothoracic_ratio"]) == pytest.approx(ratio, abs=6e-4)
+        assert float(row["heart_width"]) == pytest.approx(64 * (own[5] - own[4]), abs=0.06)
+    wide, blank = table[6:]
+    assert float(wide["thorax_width"]) == pytest.approx(3 * float(table[0]["thorax_width"]), abs=6)
+    assert blank["cardiothoracic_ratio"] == "" and "ratio: no edges found" in blank["warnings"]
+    assert "fitted on drawings" in json.loads((tmp_path / "out" / "summary.json").read_text())["cardiothoracic_ratio"]
+    assert json.loads((workdir[0] / "predict" / "summary.json").read_text())["cardiothoracic_ratio"] is None
 
 
 def test_map_of_a_network_without_attention():

@@ -62,11 +62,12 @@ def make_report(mean_iou: float, auroc: float = 0.8) -> dict:
             {"by": "age", "name": "0-17", "too_small": True},
         ],
         "localization": {"all_boxed": part},
+        "cardiothoracic_ratio": [None],
     }
     other = group | {"name": "DenseNet121-GAP", "free": {"auroc": interval(0.7) | {"sd_over_seeds": float("nan")}}}
     data = {
         "num_images": 120, "num_positives": 20, "num_patients": 60, "num_positive_patients": 9,
-        "interval_method": "95% by bootstrap over patients",
+        "interval_method": "95% by bootstrap over patients", "left_out": {},
     }  # fmt: skip
     return {"groups": [other, group], "baselines": [], "comparisons": [], "data": data}
 

@@ -12,6 +12,7 @@ import numpy as np
 from cxa_jax.data import phantom
 from cxa_jax.data.phantom import Latents, PhantomSpec
 from cxa_jax.data.phantom_boxes import tight_box
+from cxa_jax.data.phantom_geometry import Grid, bump, find_base, find_dome, make_grid, measure_lung_depth
 
 _LETTERS = {  # of the lead markers, on the side of the patient that they name
     -1: np.array([[1, 1, 0], [1, 0, 1], [1, 1, 0], [1, 0, 1], [1, 0, 1]], bool),  # R
@@ -36,17 +37,6 @@ class Drawing:
     latents: Latents
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """Pixel centres in the patient's frame, and the outlines that several organs share; float32 [S, S] each."""
-
-    x: np.ndarray
-    y: np.ndarray
-    abs_x: np.ndarray
-    cage: np.ndarray  # half-width of the rib cage at this height; its maximum is T / 2
-    edge: float  # width of a sharp edge
-
-
 def draw(spec: PhantomSpec, size: int, key: tuple[int, int], box: str = "mask") -> Drawing:
     """Draw one image, alone and from nothing but its key.
 
@@ -58,7 +48,7 @@ def draw(spec: PhantomSpec, size: int, key: tuple[int, int], box: str = "mask") 
     """
     latents = phantom.sample_image(spec, *key)
     pixels, mask = render(latents, size)
-    outline = mask if box == "mask" else mask | (_trunk_depth(_patient_grid(latents, size)) >= 0.0)
+    outline = mask if box == "mask" else mask | (_trunk_depth(make_grid(latents, size)) >= 0.0)
     return Drawing(pixels, mask, tight_box(outline), latents)
 
 
@@ -73,7 +63,7 @@ def render(latents: Latents, size: int) -> tuple[np.ndarray, np.ndarray]:
         The image, uint8 [size, size], and the heart's mask, uint8 0/1 [size, size].
     """
     rng = np.random.default_rng(latents.texture_key)
-    grid = _patient_grid(latents, size)
+    grid = make_grid(latents, size)
     chest = _soft_tissue(latents, grid) - _stomach(latents, grid) + _mediastinum(latents, grid) - 0.10 * _airways(grid)
     chest += _bones(latents, grid) + _breasts(latents, grid) + _devices(latents, grid) + _gradient(latents, size)
     air = _lungs(latents, grid) * (latents.aeration - _lung_texture(rng, grid))
@@ -89,10 +79,6 @@ def _inside(distance: np.ndarray, width: float) -> np.ndarray:
     return np.clip(distance * (1.0 / width) + 0.5, 0.0, 1.0)
 
 
-def _bump(distance: np.ndarray, width: float) -> np.ndarray:
-    return np.exp(-np.square(distance * (1.0 / width)))
-
-
 def _noise_grid(rng: np.random.Generator, rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Return bilinear noise at fractional lattice positions; `rows`, `columns` broadcast, within `shape` - 1."""
     lattice = rng.standard_normal(shape, dtype=np.float32)
@@ -104,24 +90,7 @@ def _noise_grid(rng: np.random.Generator, rows: np.ndarray, columns: np.ndarray,
     return upper * (1.0 - u) + lower * u
 
 
-def _patient_grid(latents: Latents, size: int) -> _Grid:
-    centres = (np.arange(size, dtype=np.float32) + 0.5) * (2.0 / size) - 1.0
-    right, down = centres[None, :] - latents.shift[0], centres[:, None] - latents.shift[1]
-    cos, sin = np.cos(latents.rotation).item(), np.sin(latents.rotation).item()
-    scale = 1.0 / latents.magnification
-    x, y = (right * cos + down * sin) * scale, (down * cos - right * sin) * scale
-    build = latents.patient
-    height = np.clip((y - build.apex) / (_base(latents) - build.apex), 0.0, 1.0)
-    cage = (0.5 * build.thoracic_width) * (1.0 - (1.0 - height) ** 2.2) ** build.cage_roundness
-    edge_px = max(1.0, latents.sharpness_px * size / 224)
-    return _Grid(x, y, np.abs(x), cage, edge_px * 2.0 / size * scale)
-
-
-def _base(latents: Latents) -> float:
-    return latents.patient.base + latents.inspiration
-
-
-def _heart_radius(latents: Latents, grid: _Grid, ctr: float) -> np.ndarray:
+def _heart_radius(latents: Latents, grid: Grid, ctr: float) -> np.ndarray:
     """Return the elliptic radius of every pixel, below 1 inside a heart whose width is exactly CTR x T."""
     build = latents.patient
     cos, sin = np.cos(build.heart_angle).item(), np.sin(build.heart_angle).item()
@@ -130,11 +99,11 @@ def _heart_radius(latents: Latents, grid: _Grid, ctr: float) -> np.ndarray:
     minor = build.heart_aspect * major
     half_height = np.hypot(major * sin, minor * cos).item()
     x = grid.x - (build.heart_left_share - 0.5) * width
-    y = grid.y - (_base(latents) + build.heart_depth - half_height)
+    y = grid.y - (find_base(latents) + build.heart_depth - half_height)
     return np.hypot((x * cos + y * sin) / major, (y * cos - x * sin) / minor)
 
 
-def _heart_shadow(radius: np.ndarray, grid: _Grid, air: np.ndarray) -> np.ndarray:
+def _heart_shadow(radius: np.ndarray, grid: Grid, air: np.ndarray) -> np.ndarray:
     """Return what heart and lungs do to the density: the heart's muscle takes the place of air."""
     heart = _inside(0.4 * (1.0 - radius), grid.edge)  # 0.4: about the ellipse's half axis, which turns radius to length
     return 0.10 * heart * np.sqrt(np.maximum(1.0 - radius * radius, 0.0)) - air * (1.0 - heart)
@@ -154,7 +123,7 @@ def _match_histogram(density: np.ndarray, reference: np.ndarray, weight: np.ndar
     return density + 0.7 * weight * (mapped - density)
 
 
-def _soft_tissue(latents: Latents, grid: _Grid) -> np.ndarray:
+def _soft_tissue(latents: Latents, grid: Grid) -> np.ndarray:
     """Return the body without its air: an elliptic cylinder from the neck over the shoulders to the belly."""
     build = latents.patient
     torso = 0.5 * build.thoracic_width + build.chest_wall + 0.05 * grid.y
@@ -166,28 +135,16 @@ def _soft_tissue(latents: Latents, grid: _Grid) -> np.ndarray:
     return thickness * across * _inside(half_width - grid.abs_x, 2.0 * grid.edge)
 
 
-def _dome(latents: Latents, grid: _Grid) -> np.ndarray:
-    """Return the height of the diaphragm: two domes, the right one (left in the image) higher."""
-    build = latents.patient
-    half = 0.5 * build.thoracic_width
-    from_top = (grid.abs_x - 0.45 * half) / (0.55 * half)
-    height = build.dome_height + np.where(grid.x < 0.0, build.dome_difference, 0.0)
-    return _base(latents) - height * (1.0 - from_top * from_top)
-
-
-def _lungs(latents: Latents, grid: _Grid) -> np.ndarray:
+def _lungs(latents: Latents, grid: Grid) -> np.ndarray:
     """Return the air in the way of each ray, of [0, 1]."""
-    build = latents.patient
-    medial = 0.115 + 0.05 * _bump(grid.y - 0.10, 0.35) + 0.03 * _bump(grid.y - build.apex, 0.15)
-    outline = np.minimum(grid.cage - grid.abs_x, grid.abs_x - medial)
-    outline = np.minimum(outline, grid.y - build.apex)
-    above = _inside(_dome(latents, grid) - grid.y, grid.edge)
+    outline = measure_lung_depth(latents, grid)
+    above = _inside(find_dome(latents, grid) - grid.y, grid.edge)
     lateral = grid.abs_x / np.maximum(grid.cage, 0.05)
     depth = 0.55 + 0.45 * np.sqrt(np.maximum(1.0 - np.square(np.minimum(lateral, 1.0)), 0.0))
     return _inside(outline, 1.5 * grid.edge) * above * depth
 
 
-def _lung_texture(rng: np.random.Generator, grid: _Grid) -> np.ndarray:
+def _lung_texture(rng: np.random.Generator, grid: Grid) -> np.ndarray:
     """Return vessels that leave the hila as rays and thin out, on a mottled ground."""
     side = np.where(grid.x < 0.0, 0, 1)
     dx, dy = grid.abs_x - 0.13, grid.y + 0.04 + 0.03 * side
@@ -198,42 +155,42 @@ def _lung_texture(rng: np.random.Generator, grid: _Grid) -> np.ndarray:
     rays = _noise_grid(rng, np.minimum(distance * 5.0, 10.0), columns, (12, 53))
     vessels = np.clip(1.0 - 2.2 * np.abs(rays), 0.0, 1.0) * np.clip(1.0 - distance / 0.75, 0.0, 1.0)
     ground = _noise_grid(rng, np.clip(4.0 * grid.y + 7.0, 0.0, 14.0), np.clip(4.0 * grid.x + 7.0, 0.0, 14.0), (16, 16))
-    return 0.17 * vessels + 0.22 * _bump(distance, 0.15) + 0.03 * ground
+    return 0.17 * vessels + 0.22 * bump(distance, 0.15) + 0.03 * ground
 
 
-def _mediastinum(latents: Latents, grid: _Grid) -> np.ndarray:
+def _mediastinum(latents: Latents, grid: Grid) -> np.ndarray:
     """Return aortic arch, great vessels, and the column of tissue behind the sternum."""
     ageing = (latents.patient.age - 20) / 70
     knob = _inside(0.085 + 0.02 * ageing - np.hypot(grid.x - 0.10, (grid.y + 0.30) * 0.9), 0.07)
     trunk = _inside(_trunk_depth(grid), 0.08)
-    column = _bump(grid.x - 0.01, 0.17) * _inside(grid.y + 0.65, 0.4)
+    column = bump(grid.x - 0.01, 0.17) * _inside(grid.y + 0.65, 0.4)
     return (0.08 + 0.12 * ageing) * knob + 0.10 * trunk + 0.05 * column
 
 
-def _trunk_depth(grid: _Grid) -> np.ndarray:
+def _trunk_depth(grid: Grid) -> np.ndarray:
     return 0.13 - np.hypot(grid.x - 0.08, grid.y + 0.10)
 
 
-def _airways(grid: _Grid) -> np.ndarray:
+def _airways(grid: Grid) -> np.ndarray:
     """Return the trachea and the two main bronchi."""
     below = grid.y + 0.26
     centre = 0.75 * np.maximum(below, 0.0)
     ends = _inside(-0.08 - grid.y, 0.12)
-    return _bump(np.abs(grid.abs_x - centre), 0.035) * ends
+    return bump(np.abs(grid.abs_x - centre), 0.035) * ends
 
 
-def _stomach(latents: Latents, grid: _Grid) -> np.ndarray:
-    below = grid.y - (_base(latents) + 0.08)
+def _stomach(latents: Latents, grid: Grid) -> np.ndarray:
+    below = grid.y - (find_base(latents) + 0.08)
     return latents.patient.stomach_bubble * _inside(0.10 - np.hypot((grid.x - 0.38) * 0.7, below), 0.06)
 
 
-def _bones(latents: Latents, grid: _Grid) -> np.ndarray:
+def _bones(latents: Latents, grid: Grid) -> np.ndarray:
     """Return spine, posterior and anterior ribs, and clavicles."""
     build = latents.patient
-    vertebrae = _bump(grid.x, 0.085) * (0.10 + 0.025 * np.cos(grid.y * 36.0 + 6.0 * build.rib_phase))
+    vertebrae = bump(grid.x, 0.085) * (0.10 + 0.025 * np.cos(grid.y * 36.0 + 6.0 * build.rib_phase))
     lateral = grid.abs_x * (2.0 / build.thoracic_width)
-    spacing = build.num_ribs / (_base(latents) - build.apex + 0.25)
-    chest = _inside(grid.cage + 0.03 - grid.abs_x, 0.03) * _inside(_base(latents) + 0.12 - grid.y, 0.3)
+    spacing = build.num_ribs / (find_base(latents) - build.apex + 0.25)
+    chest = _inside(grid.cage + 0.03 - grid.abs_x, 0.03) * _inside(find_base(latents) + 0.12 - grid.y, 0.3)
     sag = 0.10 * lateral - 0.34 * lateral * lateral
     posterior = _rib_bands((grid.y - build.apex + sag) * spacing + build.rib_phase, 0.5)
     posterior *= _inside(grid.abs_x - 0.09, 0.05) * (0.7 + 0.6 * lateral * lateral)
@@ -251,7 +208,7 @@ def _rib_bands(phase: np.ndarray, duty: float) -> np.ndarray:
     return np.clip((1.0 - offset) * 4.0, 0.0, 1.0) * (0.55 + 0.45 * offset * offset)
 
 
-def _breasts(latents: Latents, grid: _Grid) -> np.ndarray:
+def _breasts(latents: Latents, grid: Grid) -> np.ndarray:
     if latents.patient.breast == 0.0:
         return np.float32(0.0)
     radius = np.hypot(grid.abs_x - 0.27 * latents.patient.thoracic_width, (grid.y - 0.22) * 0.9)
@@ -259,7 +216,7 @@ def _breasts(latents: Latents, grid: _Grid) -> np.ndarray:
     return latents.patient.breast * shape * _inside(grid.y - 0.15, 0.5)
 
 
-def _devices(latents: Latents, grid: _Grid) -> np.ndarray:
+def _devices(latents: Latents, grid: Grid) -> np.ndarray:
     """Return what lies on or in the patient whatever his heart: electrode, tube, opacity."""
     density = np.float32(0.0)
     if latents.electrode is not None:
@@ -268,10 +225,10 @@ def _devices(latents: Latents, grid: _Grid) -> np.ndarray:
         density = density + 0.35 * _inside(0.035 - np.hypot(dx, dy), grid.edge) + 0.12 * wire
     if latents.tube is not None:
         course = latents.tube.offset + grid.y * (latents.tube.slope + latents.tube.bend * grid.y)
-        density = density + 0.18 * _bump(grid.x - course, 0.014) * (grid.y < latents.tube.end)
+        density = density + 0.18 * bump(grid.x - course, 0.014) * (grid.y < latents.tube.end)
     if latents.opacity is not None:
         dx, dy = grid.x - latents.opacity.x, grid.y - latents.opacity.y
-        density = density + 0.20 * _bump(np.hypot(dx, dy), latents.opacity.radius)
+        density = density + 0.20 * bump(np.hypot(dx, dy), latents.opacity.radius)
     return density
 
 
