@@ -54,6 +54,8 @@ def _data() -> ConfigDict:
             "positives_repeated": 1,  # times every positive stands in an epoch of 'balanced'
             # '' | 'view': the negatives of a 'balanced' epoch have the positives' shares of views, so that the view
             "strata": "",  # says nothing of the label; an unknown view is one of its own, too few negatives repeat
+            # Images of other views are in no split; the data must know views: ChestX-ray14, a table with column `view`
+            "views": "",  # '' = all | some, separated by commas, such as 'PA'
             "num_threads": 1,  # reader threads; one gives 16,000 images/s at 224 px, more of them less: for slow disks
             "num_workers": 0,  # processes that prepare data; 0 = one for each core
             "folder": {  # of 'image_folder'

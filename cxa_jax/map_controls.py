@@ -1,8 +1,7 @@
 """Controls that ask whether a map is only the prior: its mean, another patient's, and that of an untrained network."""
 
 import logging
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -10,6 +9,7 @@ from numpy.typing import ArrayLike
 
 from cxa_jax.array_types import PyTree
 from cxa_jax.data.datasets import Split
+from cxa_jax.data.views import SelectedRows
 from cxa_jax.evaluate import Predictions, evaluate_split
 from cxa_jax.moments import fit_moments
 from cxa_jax.run import Run
@@ -94,26 +94,13 @@ def collect_thumbnails(run: Run, predictions: Predictions, rows: np.ndarray) -> 
     return make_thumbnails((split.read_image(int(row)) for row in rows), predictions.attention.shape[1:])
 
 
-class _Rows(Sequence):
-    """Some rows of a source, each read when it is asked for."""
-
-    def __init__(self, source: Sequence[dict[str, Any]], rows: np.ndarray):
-        self._source, self._rows = source, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        return self._source[int(self._rows[row])]
-
-
 def _predict_rows(run: Run, variables: PyTree, split_name: str, rows: np.ndarray) -> Predictions:
     split = run.dataset.splits[split_name]
     index = {name: values[rows] for name, values in split.index.items()}
     return evaluate_split(
         run.test_step,
         variables,
-        Split(split.name, _Rows(split.source, rows), index),
+        Split(split.name, SelectedRows(split.source, rows), index),
         run.mesh,
         batch_size=run.config.eval.batch_size,
         num_threads=0,

@@ -19,6 +19,7 @@ from cxa_jax.data.door_checks import check_image
 from cxa_jax.data.input_files import list_inputs
 from cxa_jax.data.input_images import InputImage, read_inputs
 from cxa_jax.data.input_statistics import InputStatistics, load_input_statistics
+from cxa_jax.data.views import describe_views
 from cxa_jax.errors import UserError
 from cxa_jax.figures import CLASSES
 from cxa_jax.heat_maps import describe_rule, detect_boxes, scale_map, upsample_maps
@@ -235,7 +236,10 @@ def _map_name(network: TrainedNetwork) -> str:
 
 
 def _remark(network: TrainedNetwork) -> str:
-    return "The network was trained on drawings (chest phantoms), not on X-rays." if network.is_phantom else ""
+    if network.is_phantom:
+        return "The network was trained on drawings (chest phantoms), not on X-rays."
+    views = describe_views(network.config.data.views)
+    return f"The network was trained on {views}." if views else ""
 
 
 def _summarize(

@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 
+from cxa_jax.data.views import describe_views
 from cxa_jax.figures import PHANTOM_MARK
 from cxa_jax.report_cards import Card
 from cxa_jax.report_tables import Table
@@ -48,6 +49,8 @@ def render_page(report: dict[str, Any], cards: list[Card], sections: list[Sectio
     )
     data = report["data"]
     kind = "drawings of chest phantoms" if report["phantom"] else "chest X-rays"
+    views = {describe_views(run["config"].get("data.views", "")) for run in report["runs"] if run["kind"] == "run"}
+    kind += "".join(f", {view}" for view in sorted(views - {""}))
     left_out = ", ".join(f"{name} {number:,}" for name, number in data["left_out"].items())
     return environment.get_template("report.html.j2").render(
         title="Cardiomegaly: " + ", ".join(group["name"] for group in report["groups"]),

@@ -38,6 +38,7 @@ def compute_run_metrics(
     return {
         "data": run.dataset.name,
         "phantom": run.dataset.is_phantom,
+        "views": run.dataset.views,
         "image_size": run.dataset.image_size,
         "normalization": run.normalization,
         "fingerprint": run.dataset.fingerprint,

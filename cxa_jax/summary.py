@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from cxa_jax.data.datasets import TITLES
+from cxa_jax.data.datasets import make_title
 from cxa_jax.heat_maps import Rule, describe_rule
 from cxa_jax.localization_table import TUNED, find_judged_rules, find_leading_map, split_control
 from cxa_jax.map_verdict import CONTROL_TITLES, MORAL, judge
@@ -16,7 +16,9 @@ def format_summary(report: dict[str, Any]) -> str:
     """Return the closing lines: AUROC, the paper's row at both thresholds, the baseline, localisation."""
     test = report["test"]
     lines = [
-        "CHEST PHANTOM: drawings, not X-rays of patients" if report["phantom"] else TITLES[report["data"]],
+        "CHEST PHANTOM: drawings, not X-rays of patients"
+        if report["phantom"]
+        else make_title(report["data"], report["views"]),
         f"test: {test['num_images']:,} images, {test['num_positives']:,} positive, {test['num_patients']:,} patients",
         f"test AUROC {_format_interval(test['auroc'])} (95 % interval, bootstrap over patients)",
     ]

@@ -27,6 +27,7 @@ from cxa_jax.data import chest_phantom, chestxray14, image_folder
 from cxa_jax.data.damage import describe_damage, naming_damage
 from cxa_jax.data.nih_description import describe_lack, describe_nih
 from cxa_jax.data.records import decode, decode_image
+from cxa_jax.data.views import SelectedRows, describe_views, select_views
 from cxa_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,8 @@ class Split:
 
     def read_image(self, row: int) -> np.ndarray:
         """Return the image of a row, uint8 [S, S, 1], without the rest of its record where the source can do that."""
-        return self.source.read_image(row) if isinstance(self.source, RecordSource) else self.source[row]["image"]
+        fast = isinstance(self.source, RecordSource | SelectedRows)
+        return self.source.read_image(row) if fast else self.source[row]["image"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +104,7 @@ class Dataset:
       splits: Split for each of 'train', 'dev', 'test'.
       fingerprint: sha256 over splits, ids, patients, labels and pixels, in row order: equal means the same data.
       description: one sentence for logs and reports: what the images are, and where they lie.
+      views: config.data.views, '' if images of all views are in.
     """
 
     name: str
@@ -109,16 +112,22 @@ class Dataset:
     splits: dict[str, Split]
     fingerprint: str
     description: str
+    views: str = ""
 
     @property
     def title(self) -> str:
         """What the images are, for the heading of a picture or table."""
-        return TITLES[self.name]
+        return make_title(self.name, self.views)
 
     @property
     def is_phantom(self) -> bool:
         """True if the images are drawn, not X-rays of patients."""
         return self.name == "chest_phantom"
+
+
+def make_title(name: str, views: str) -> str:
+    """Return what the images of a data set are, and which views alone if not all."""
+    return ", ".join(part for part in (TITLES[name], describe_views(views)) if part)
 
 
 def load_dataset(data_config: ConfigDict) -> Dataset:
@@ -133,10 +142,11 @@ def load_dataset(data_config: ConfigDict) -> Dataset:
       The data set, its index read from beside the records, or computed there in one pass.
 
     Raises:
-      UserError: if the NIH images are not prepared, the prepared records are damaged, or the name is unknown.
+      UserError: if the NIH images are not prepared, the prepared records are damaged, the name is unknown, or
+        config.data.views names what is not there.
     """
     with naming_damage(data_config):
-        return _load(data_config)
+        return select_views(_load(data_config), data_config.views)
 
 
 def _load(data_config: ConfigDict) -> Dataset:
